@@ -1,0 +1,185 @@
+"""Find or make the Python environment of a make target and print its interpreter.
+
+    python3 scripts/bootstrap.py EXTRA [--torch SPEC]        EXTRA: an extra of pyproject.toml
+
+The environment is the active one ($VIRTUAL_ENV, or the interpreter running this if it is a virtual environment's), else
+.venv beside pyproject.toml, made at first use; where the base interpreter has torch, .venv sees its packages. Then pip
+installs the requirements of the core and of EXTRA that are not satisfied; with none, pip is not called. In an
+environment that is not ours nothing else changes: torch is never replaced and qexperts itself is not installed.
+
+Standard output holds the interpreter's path alone; progress goes to standard error. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ROOT / ".venv"
+PROJECT = "qexperts"
+# One release, and only where there is no torch yet: a plain range takes the newest CUDA build, several GB of it.
+TORCH = "torch==2.13.0"
+
+
+def say(text: str) -> None:
+    print(f"bootstrap: {text}", file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    say(text)
+    raise SystemExit(1)
+
+
+def call(*command: str) -> bool:
+    """Run a command with its output on standard error; whether it succeeded."""
+    return subprocess.run(command, stdout=sys.stderr, check=False).returncode == 0
+
+
+def interpreter(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def runs(python: Path) -> bool:
+    """Whether this interpreter starts: the base of a virtual environment may have been removed."""
+    return python.exists() and call(str(python), "-c", "")
+
+
+def find_environment() -> Path:
+    """The interpreter of the active environment, else of .venv, which is made if need be."""
+    active = os.environ.get("VIRTUAL_ENV")
+    if active and runs(interpreter(Path(active))):
+        return interpreter(Path(active))
+    if active:
+        say(f"VIRTUAL_ENV={active} has no working interpreter; ignored.")
+    if sys.prefix != sys.base_prefix:
+        return Path(sys.executable)
+    if not runs(interpreter(OWN)):
+        make_own()
+    return interpreter(OWN)
+
+
+def make_own() -> None:
+    try:
+        options = ["--system-site-packages"]
+        say(f"making {OWN} on top of the installed torch {importlib.metadata.version('torch')}")
+    except importlib.metadata.PackageNotFoundError:
+        options = []
+        say(f"making {OWN}")
+    if not call(sys.executable, "-m", "venv", "--clear", *options, str(OWN)):
+        shutil.rmtree(OWN, ignore_errors=True)
+        fail(f"{sys.executable} -m venv failed; it needs the venv and ensurepip modules (Debian: python3-venv)")
+
+
+def first_of(*names: str) -> ModuleType | None:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def need(*names: str) -> ModuleType:
+    """The first of these modules there is; the last is pip's own copy, for which pip is installed if missing."""
+    module = first_of(*names)
+    if module is None and call(sys.executable, "-m", "ensurepip"):
+        importlib.invalidate_caches()
+        module = first_of(*names)
+    return module or fail(f"{sys.executable} has neither pip nor ensurepip; install pip into this environment")
+
+
+def requirements(project: dict, extra: str) -> list[str]:
+    """Requirements of the core and of an extra, with the extras of this project that it names written out."""
+    parse = need("packaging.requirements", "pip._vendor.packaging.requirements").Requirement
+
+    def expand(line: str) -> list[str]:
+        requirement = parse(line)
+        if requirement.name != PROJECT:
+            return [line]
+        inner = (item for name in sorted(requirement.extras) for item in project["optional-dependencies"][name])
+        return [found for item in inner for found in expand(item)]
+
+    return [*project["dependencies"], *expand(f"{PROJECT}[{extra}]")]
+
+
+def unsatisfied(lines: list[str]) -> dict[str, str]:
+    """Name -> requirement, of those that this environment does not meet."""
+    parse = need("packaging.requirements", "pip._vendor.packaging.requirements").Requirement
+    version = need("packaging.version", "pip._vendor.packaging.version").Version
+    found = {}
+    for line in lines:
+        requirement = parse(line)
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        installed = installed_version(requirement.name)
+        # Vendors call their own builds of 2.10 "2.10.0a0+...", which counts as 2.10 here.
+        if installed is None or version(installed).base_version not in requirement.specifier:
+            found[requirement.name] = line
+    return found
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install(missing: dict[str, str], torch: str) -> None:
+    own = Path(sys.prefix).resolve() == OWN.resolve()
+    if "torch" in missing:
+        there = installed_version("torch")
+        if there and not own:
+            fail(
+                f"torch {there} is installed in {sys.prefix}; {PROJECT} needs {missing['torch']} and does not replace "
+                "yours; deactivate the environment (then .venv is used) or change its torch yourself"
+            )
+        missing = {**missing, "torch": torch}
+    wanted = list(missing.values())
+    say(f"installing into {sys.prefix}: {', '.join(wanted)}")
+    need("pip")
+    pip = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check")
+    if not call(*pip, *wanted):
+        fail("pip could not install them: see its message above")
+    if own and not installed_version(PROJECT) and not call(*pip, "--no-deps", "--editable", str(ROOT)):
+        fail(f"pip could not install {PROJECT} itself: see its message above")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("extra", help="extra of pyproject.toml whose requirements must be there")
+    parser.add_argument(
+        "--torch", default=TORCH, metavar="SPEC", help=f"what to install if there is no torch ({TORCH})"
+    )
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 10):  # noqa: UP036 (the one place where an older Python may arrive)
+        fail(f"{sys.executable} is Python {sys.version.split()[0]}; 3.10 or newer is needed; name one: make PYTHON=...")
+    if not arguments.inside:
+        python = str(find_environment())
+        os.execv(python, [python, __file__, "--inside", *sys.argv[1:]])
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = need("tomllib", "tomli", "pip._vendor.tomli").load(file)["project"]
+    extras = project["optional-dependencies"]
+    if arguments.extra not in extras:
+        parser.error(f"{arguments.extra!r} is not an extra of pyproject.toml; there are {', '.join(extras)}")
+    lines = requirements(project, arguments.extra)
+    if missing := unsatisfied(lines):
+        install(missing, arguments.torch)
+        importlib.invalidate_caches()
+        if missing := unsatisfied(lines):
+            fail(f"still not satisfied after pip: {', '.join(missing.values())}")
+    print(sys.executable)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Quantized Mixture-of-Experts layers: kernels, strategies and the evidence.
+
+y[r] = x[r] @ dequantize(w)[e(r)].T
+"""
+
+from ._version import __version__
+from .backends import Answer, Problem, explain
+from .errors import UnsupportedError
+from .formats import FORMATS, QuantWeight, WeightFormat
+from .ops import (
+    check_tokens,
+    clear_moe_prefill_workspace_cache,
+    grouped_gemm,
+    moe,
+    moe_gemm,
+    moe_gemm_decode,
+    moe_gemm_prefill,
+)
+from .plan import TileSchedule, TokenPlan, tile_schedule
+from .quantize import dequantize, pack, quantize, unpack
+
+__all__ = [
+    "FORMATS",
+    "Answer",
+    "Problem",
+    "QuantWeight",
+    "TileSchedule",
+    "TokenPlan",
+    "UnsupportedError",
+    "WeightFormat",
+    "__version__",
+    "check_tokens",
+    "clear_moe_prefill_workspace_cache",
+    "dequantize",
+    "explain",
+    "grouped_gemm",
+    "moe",
+    "moe_gemm",
+    "moe_gemm_decode",
+    "moe_gemm_prefill",
+    "pack",
+    "quantize",
+    "tile_schedule",
+    "unpack",
+]

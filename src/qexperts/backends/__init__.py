@@ -1,0 +1,137 @@
+"""Backends: who can run a problem, why not, and which one is chosen. A capability is written once, here or below."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..errors import UnsupportedError
+from ..formats import QuantWeight, WeightFormat
+from ..plan import TokenPlan
+from . import torch_backend
+
+__all__ = ["BACKENDS", "Answer", "Backend", "Problem", "explain", "select"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a backend is asked: everything that decides whether and how it can run, and no tensor.
+
+    Attributes:
+        where: the public function, for error messages.
+        S, E, N, K: rows, experts, outputs, contraction.
+        dtype: of the activations.
+        backward: the gradient with respect to the activations instead of the result.
+    """
+
+    where: str
+    format: WeightFormat
+    dtype: torch.dtype
+    device: torch.device
+    S: int
+    E: int
+    N: int
+    K: int
+    group_size: int | None = None
+    scale_layout: str = "group"
+    scale_dtype: torch.dtype | None = None
+    weight_layout: str = "public"
+    backward: bool = False
+
+    @classmethod
+    def of(cls, where: str, x: torch.Tensor, weight: QuantWeight, *, backward: bool = False) -> Problem:
+        return cls(
+            where=where,
+            format=weight.format,
+            dtype=x.dtype,
+            device=x.device,
+            S=x.shape[0],
+            E=weight.E,
+            N=weight.N,
+            K=weight.K,
+            group_size=weight.group_size,
+            scale_layout=weight.scale_layout,
+            scale_dtype=None if weight.scales is None else weight.scales.dtype,
+            weight_layout=weight.weight_layout,
+            backward=backward,
+        )
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.format.name}, {dtype} activations on {describe_device(self.device)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A backend's answer to a problem.
+
+    Attributes:
+        ok: whether it runs.
+        reason: why not, or "".
+        note: what a caller should know if it does run (how, and whether the host synchronises).
+        syncs: whether the call reads device memory from the host.
+    """
+
+    backend: str
+    ok: bool
+    reason: str = ""
+    note: str = ""
+    syncs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way of running grouped GEMMs.
+
+    Attributes:
+        supports: problem -> (reason it cannot, or None; note; host sync).
+        run: x [S, K] or, backward, [S, N]; weight; plan; backward -> result.
+        bit_identical_phases: decode and prefill accumulate in the same order, so `auto` may go by shapes alone.
+    """
+
+    name: str
+    supports: Callable[[Problem], tuple[str | None, str, bool]]
+    run: Callable[[torch.Tensor, QuantWeight, TokenPlan, bool], torch.Tensor]
+    bit_identical_phases: bool
+
+    def answer(self, problem: Problem) -> Answer:
+        reason, note, syncs = self.supports(problem)
+        return Answer(self.name, reason is None, reason or "", note, syncs and reason is None)
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "torch": Backend("torch", torch_backend.supports, torch_backend.run, bit_identical_phases=True),
+}
+
+
+def describe_device(device: torch.device) -> str:
+    """ "cpu", "sm_90 (cuda:0)", ..."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor} ({device})"
+    return str(device)
+
+
+def explain(problem: Problem) -> list[Answer]:
+    """Every backend's answer, in the order `auto` tries them."""
+    return [backend.answer(problem) for backend in BACKENDS.values()]
+
+
+def select(problem: Problem, backend: str = "auto") -> Backend:
+    """The backend that runs the problem.
+
+    Raises: ValueError for an unknown name; UnsupportedError, with every reason, if the named one (or, for "auto",
+        none) can run it.
+    """
+    if backend == "auto":
+        candidates = list(BACKENDS.values())
+    elif backend in BACKENDS:
+        candidates = [BACKENDS[backend]]
+    else:
+        raise ValueError(f"{problem.where}: backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}.")
+    for candidate in candidates:
+        if candidate.supports(problem)[0] is None:
+            return candidate
+    raise UnsupportedError(problem.where, str(problem), {c.name: c.supports(problem)[0] or "" for c in candidates})

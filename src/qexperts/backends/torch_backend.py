@@ -1,0 +1,278 @@
+"""Backend "torch": dequantize into scratch memory, then the best matmul torch has. The honest baseline on any device.
+
+    S == 0                           nothing
+    CPU                              per_expert: dequantize an expert into the cache, multiply, next
+    S <= E                           gather the codes row by row, dequantize, one batched matmul
+    sm_90, sm_100, bf16, E <= 1024   dequantize all experts, one grouped mm
+    other GPUs, fp16                 per_expert, with one host sync: torch's grouped mm would loop on the host too
+
+The way depends on shapes and dtypes alone, never on decode or prefill, so the two are bit-identical.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from ..formats import QuantWeight, index_experts
+from ..plan import TokenPlan
+from ..quantize import dequantize_into, dequantize_launches
+from ..strategies import Step, Strategy, Take
+from ..workspace import arena, is_capturing
+
+if TYPE_CHECKING:
+    from . import Problem
+
+__all__ = ["DenseGemm", "DequantGemm", "compute_dtype", "grouped_mm", "has_grouped_mm", "run", "supports"]
+
+MAX_GROUPED_EXPERTS = 1024  # torch's grouped mm on CUDA: "Can't process more than 1024 groups"
+_ALIGN = 8  # bf16 elements in the 16 bytes that its strides must be multiples of
+
+
+def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's grouped mm under the name this version has it: x [S, K], w [E, K, N], ends [E] int32."""
+    function = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return function(x, w, offs=ends)
+
+
+def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies groups in one launch here, without reading the offsets on the host.
+
+    Measured with torch 2.11 on an H100: bf16 does; fp16 and fp32 take a loop that synchronises.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """dtype the matmul runs in: that of the activations, but fp32 where a CPU has no fast path for it."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+class DenseGemm:
+    """Multiplies by weights that are already in the working dtype.
+
+    Args:
+        w: [E, N, K], or [E, K, N] with transposed=True; every row's product is x @ w.T (x @ w if transposed).
+        take: scratch for gathered weights.
+        batch_weights: the experts of the padded batch, contiguous, if gathered before the clock.
+    """
+
+    def __init__(
+        self, w: torch.Tensor, take: Take, *, transposed: bool = False, batch_weights: torch.Tensor | None = None
+    ) -> None:
+        self._w = w if transposed else w.mT  # [E, contraction, outputs]
+        self._take = take
+        self._stored = w
+        self._transposed = transposed
+        self._batch_weights = batch_weights
+
+    def one(self, x: torch.Tensor, expert: int, out: torch.Tensor) -> list[Step]:
+        w = self._w[expert]
+        return [Step("gemm", lambda: torch.mm(x, w, out=out))]
+
+    def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
+        if self._batch_weights is not None:
+            gathered, steps = self._batch_weights, []
+        else:
+            gathered = self._take((experts.shape[0], *self._stored.shape[1:]), self._stored.dtype)
+            steps = [Step("gather", lambda: torch.index_select(self._stored, 0, experts, out=gathered))]
+        w = gathered if self._transposed else gathered.mT
+        return [*steps, Step("gemm", lambda: torch.bmm(x, w, out=out))]
+
+    def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
+        ends = plan.expert_offsets[1:]
+        return [Step("gemm", lambda: grouped_mm(x, self._w, ends))]
+
+
+class DequantGemm:
+    """Multiplies by packed weights: each step dequantizes what it needs into scratch memory first.
+
+    Args:
+        weight: in the public layout.
+        dtype: the matmul's.
+        take: scratch for dequantized (and gathered packed) weights.
+        transposed: multiply by w instead of w.T (the gradient with respect to x).
+    """
+
+    def __init__(self, weight: QuantWeight, dtype: torch.dtype, take: Take, *, transposed: bool = False) -> None:
+        self._weight = weight
+        self._dtype = dtype
+        self._take = take
+        self._transposed = transposed
+        self._one: torch.Tensor | None = None
+
+    def one(self, x: torch.Tensor, expert: int, out: torch.Tensor) -> list[Step]:
+        if self._one is None:  # one expert's worth serves all of them in turn
+            self._one = self._dense(1)
+        dense, weight = self._one, self._weight.experts(expert, expert + 1)
+        w = self._operand(dense)[0]
+        return [self._dequant(dense, weight), Step("gemm", lambda: torch.mm(x, w, out=out))]
+
+    def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
+        weight = self._weight
+        tensors = [t for t in (weight.codes, weight.scales, weight.zeros) if t is not None]
+        packed = [self._take((experts.shape[0], *t.shape[1:]), t.dtype) for t in tensors]
+
+        def gather() -> None:
+            for source, target in zip(tensors, packed, strict=True):
+                target.copy_(index_experts(source, experts))
+
+        selected = weight.with_tensors(*packed)
+        dense = self._dense(experts.shape[0])
+        w = self._operand(dense)
+        return [
+            Step("gather", gather, 2 * len(tensors)),
+            self._dequant(dense, selected),
+            Step("gemm", lambda: torch.bmm(x, w, out=out)),
+        ]
+
+    def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
+        ends, k = plan.expert_offsets[1:], self._weight.K
+        full = self._dense(self._weight.E, -(-k // _ALIGN) * _ALIGN)
+        dense = full[..., :k]
+        w = self._operand(full)
+
+        def dequantize() -> None:
+            dequantize_into(dense, self._weight)
+            if dense is not full:
+                full[..., k:].zero_()
+
+        launches = dequantize_launches(self._weight) + (full.shape[2] != k)
+        return [Step("dequant", dequantize, launches), Step("gemm", lambda: grouped_mm(x, w, ends))]
+
+    def _operand(self, dense: torch.Tensor) -> torch.Tensor:
+        return dense if self._transposed else dense.mT
+
+    def _dense(self, n_experts: int, k: int | None = None) -> torch.Tensor:
+        n, k = self._weight.N, k or self._weight.K
+        if self._weight.codes.stride(-1) != 1:  # [E, K, N] in memory: stay in that order
+            return self._take((n_experts, k, n), self._dtype).mT
+        return self._take((n_experts, n, k), self._dtype)
+
+    @staticmethod
+    def _dequant(dense: torch.Tensor, weight: QuantWeight) -> Step:
+        return Step("dequant", lambda: dequantize_into(dense, weight), dequantize_launches(weight))
+
+
+def _way(problem: Problem) -> str:
+    if problem.device.type == "cpu":
+        return "cpu"
+    if problem.S <= problem.E:
+        return "rows"
+    if has_grouped_mm(problem.device, problem.dtype) and problem.E <= MAX_GROUPED_EXPERTS:
+        return "grouped"
+    return "per_expert"
+
+
+def supports(problem: Problem) -> tuple[str | None, str, bool]:
+    """Reason it cannot run (or None), how it runs, and whether the host synchronises."""
+    fmt, dtype = problem.format, problem.dtype
+    if problem.weight_layout != "public":
+        return "needs the public weight layout, this is a prepared one", "", False
+    if dtype == torch.float32 and problem.device.type != "cpu":
+        return "fp32 activations run on the CPU only; use bf16 or fp16", "", False
+    if not fmt.quantized and dtype not in (fmt.storage, torch.float32):
+        return f"{fmt.name} weights need {fmt.name} activations", "", False
+    way = _way(problem)
+    if way == "cpu":
+        used = compute_dtype(problem.device, dtype)
+        return None, f"dequantizes one expert at a time, multiplies in {str(used).removeprefix('torch.')}", False
+    if way == "rows":
+        return None, "no more rows than experts: gathers and dequantizes per row, one batched matmul", False
+    if way == "grouped":
+        return None, "dequantizes all experts, one grouped mm", False
+    why = f"over {MAX_GROUPED_EXPERTS} experts" if problem.E > MAX_GROUPED_EXPERTS else "no grouped mm in one launch"
+    return None, f"{why} here: one matmul per expert, and one host sync to read the counts", True
+
+
+def run(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool = False) -> torch.Tensor:
+    """y[r] = x[r] @ dequantize(weight)[expert(r)].T, or without the transpose if backward.
+
+    Args:
+        x: [S, K] (backward: [S, N]); last dimension contiguous.
+    Returns: [S, N] (backward: [S, K]); dtype of x; fp32 accumulation; rows past the plan's sum are 0.
+
+    Synchronises with the host only for more rows than experts where torch has no grouped mm in one launch (fp16, or
+    a GPU other than sm_90 and sm_100, or more than 1,024 experts); that case cannot be captured in a CUDA graph.
+    """
+    from . import Problem
+
+    problem = Problem.of("grouped_gemm", x, weight, backward=backward)
+    if backward:
+        problem = dataclasses.replace(problem, S=x.shape[0])
+    way = _way(problem)
+    columns = weight.K if backward else weight.N
+    if x.shape[0] == 0:
+        return x.new_empty(0, columns)
+    if way == "rows":
+        y = _rows(x, weight, plan, backward)
+    elif way == "grouped":
+        y = _grouped(x, weight, plan, backward)
+    else:
+        return _per_expert(x, weight, plan, backward)
+    beyond = torch.arange(x.shape[0], device=x.device) >= plan.expert_offsets[-1]
+    return y.masked_fill_(beyond[:, None], 0)
+
+
+def _rows(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+    selected = weight.select(plan.row_expert().clamp(max=weight.E - 1))
+    if weight.format.quantized:
+        dense = arena(x.device).take((x.shape[0], weight.N, weight.K), x.dtype)
+        dequantize_into(dense, selected)
+    else:
+        dense = selected.codes
+    return torch.bmm(x[:, None, :], dense if backward else dense.mT)[:, 0]
+
+
+def _grouped(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+    space = arena(x.device)
+    gemm: DenseGemm | DequantGemm
+    width = x.shape[1]
+    if not weight.format.quantized and _aligned(weight.codes):
+        gemm = DenseGemm(weight.codes, space.take, transposed=backward)
+    else:
+        gemm = DequantGemm(weight, x.dtype, space.take, transposed=backward)
+        width = -(-width // _ALIGN) * _ALIGN
+    if width != x.shape[1] or not _aligned(x):
+        padded = space.take((x.shape[0], width), x.dtype)
+        padded[:, : x.shape[1]].copy_(x)
+        padded[:, x.shape[1] :].zero_()
+        x = padded
+    bound = Strategy("grouped").schedule(plan).bind(x, gemm, x, space.take)
+    columns = weight.K if backward else weight.N
+    return bound()[:, :columns]
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether rows start on the 16 bytes that grouped mm needs."""
+    return t.data_ptr() % 16 == 0 and 1 in t.stride() and all(s % _ALIGN == 0 for s in t.stride() if s != 1)
+
+
+def _per_expert(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+    if is_capturing(x.device):
+        raise RuntimeError(
+            f"torch backend: {weight.format.name} with {x.dtype} activations and more rows than experts reads the "
+            f"counts on the host, which a CUDA graph cannot; use bf16 activations on sm_90 or sm_100, or run it "
+            f"outside the graph."
+        )
+    space = arena(x.device)
+    dtype = compute_dtype(x.device, x.dtype)
+    gemm: DenseGemm | DequantGemm
+    if weight.codes.dtype == dtype:
+        gemm = DenseGemm(weight.codes, space.take, transposed=backward)
+    else:
+        gemm = DequantGemm(weight, dtype, space.take, transposed=backward)
+    schedule = Strategy("per_expert").schedule(plan)
+    out = torch.empty(x.shape[0], weight.K if backward else weight.N, dtype=dtype, device=x.device)
+    schedule.bind(x.to(dtype), gemm, out, space.take)()
+    end = schedule.singles[-1][2] if schedule.singles else 0
+    out[end:].zero_()
+    return out.to(x.dtype)

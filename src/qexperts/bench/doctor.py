@@ -1,0 +1,103 @@
+"""What this machine has and what runs on it: `qexperts doctor` and `qexperts formats`."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..backends import BACKENDS, Problem, explain
+from ..formats import FORMATS, WeightFormat, check_group_size
+from .environment import device_name, environment, pick_device
+from .roofline import measure_ceilings
+from .workloads import DTYPES, PROJECTIONS
+
+__all__ = ["devices", "doctor", "formats_table"]
+
+
+def devices() -> list[tuple[str, str]]:
+    """(kind, what was found): every kind of device this package is written for, present or not."""
+    found = [("CPU", device_name(torch.device("cpu")))]
+    hip = torch.version.hip is not None
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    capability = ""
+    if names and not hip:
+        capability = " (sm_{}{})".format(*torch.cuda.get_device_capability(0))
+    here = ", ".join(names) + capability
+    found.append(("NVIDIA GPU", here if names and not hip else "none here"))
+    found.append(("AMD GPU", here + "; never run on real hardware" if names and hip else "none here; never run on one"))
+    xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
+    found.append(
+        ("Intel GPU", f"{torch.xpu.get_device_name(0)}; never run on one" if xpu else "none here; never run on one")
+    )
+    return found
+
+
+def doctor(console: Console, device_text: str | None, dtype: str) -> None:
+    """Print devices, versions, ceilings, and what each backend answers for each format."""
+    device = pick_device(device_text)
+    env = environment(device)
+    table = Table("device", "found", title="Devices", title_justify="left")
+    for row in devices():
+        table.add_row(*row)
+    console.print(table)
+    versions = [f"qexperts {env['qexperts']}", f"Python {env['python']}", f"torch {env['torch']}"]
+    versions += [f"triton {env['triton'] or 'not installed'}", f"driver {env['driver'] or '-'}", platform.platform()]
+    console.print("Versions: " + ", ".join(versions), highlight=False, soft_wrap=True)
+    ceilings = measure_ceilings(device, DTYPES[dtype])
+    console.print(
+        f"Ceilings measured on {env['device']}: {dtype} matmul {ceilings.tflops:,.2f} TFLOP/s, copy "
+        f"{ceilings.copy_gbps:,.0f} GB/s (read + written)", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(_matrix(device, dtype))
+
+
+def _matrix(device: torch.device, dtype: str) -> Table:
+    n, k = PROJECTIONS[0]
+    table = Table(title=f"What runs on {device}, {dtype} activations, N={n} K={k}, group 128", title_justify="left")
+    for column in ("format", "backend", "prefill (31,440 rows, 256 experts)", "decode (8 rows)"):
+        table.add_column(column, overflow="fold")
+    for fmt in FORMATS.values():
+        for name in BACKENDS:
+            cells = []
+            for rows in (31440, 8):
+                problem = _problem(fmt, device, dtype, rows, n, k)
+                answer = next(a for a in explain(problem) if a.backend == name)
+                sync = " [yellow](host sync)[/]" if answer.syncs else ""
+                cells.append(f"[green]yes[/]: {answer.note}{sync}" if answer.ok else f"[red]no[/]: {answer.reason}")
+            table.add_row(fmt.name, name, *cells)
+    return table
+
+
+def _problem(fmt: WeightFormat, device: torch.device, dtype: str, rows: int, n: int, k: int) -> Problem:
+    group = 128 if fmt.quantized else None
+    scale = DTYPES[dtype] if fmt.quantized else None
+    return Problem("doctor", fmt, DTYPES[dtype], device, rows, 256, n, k, group, scale_dtype=scale)
+
+
+def formats_table(group_size: int) -> Table:
+    """The formats of this package, with what a weight costs at a group size (16-bit scales and zeros)."""
+    check_group_size("--group-size", FORMATS["int2_sym"], group_size, group_size)
+    table = Table(title=f"Weight formats, group size {group_size}, 16-bit scales", title_justify="left")
+    for column in (
+        "format",
+        "stored",
+        "codes a byte",
+        "code range",
+        "scales",
+        "zero points",
+        "bits a weight",
+        "of bf16",
+    ):
+        table.add_column(column, justify="right" if column in ("bits a weight", "of bf16", "codes a byte") else "left")
+    for f in FORMATS.values():
+        parameters = 16 * (1 + f.asym) / group_size if f.quantized else 0.0
+        bits = f.bits + parameters
+        per_byte = f"{f.codes_per_byte}" if f.kind == "int" else "-"
+        span = f"{f.code_min}..{f.code_max}" if f.quantized else "-"
+        stored = str(f.storage).removeprefix("torch.")
+        table.add_row(f.name, stored, per_byte, span, "per group" if f.quantized else "none",
+                      "per group" if f.asym else "none", f"{bits:.3f}", f"{bits / 16:.1%}")  # fmt: skip
+    return table

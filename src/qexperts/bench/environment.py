@@ -1,0 +1,95 @@
+"""Where a measurement was made: device, driver, versions, commit, command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+
+__all__ = ["device_name", "environment", "pick_device"]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """A named device, or the accelerator if there is one, else the CPU. ValueError if it is not there."""
+    if name in (None, "auto"):
+        device = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if device is None else torch.device(device.type, 0)
+    try:
+        device = torch.device(name)
+        if device.type != "cpu":
+            device = torch.device(device.type, device.index or 0)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H100 80GB HBM3", or the processor and the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(getattr(torch, device.type).get_device_name(device))
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device) -> dict[str, str | None]:
+    """Fields of a `Record` that say where and when; no host names, no paths."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": _driver(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "qexperts": __version__,
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.argv[0]).parent.name if sys.argv[0].endswith("__main__.py") else "qexperts",
+                               *sys.argv[1:]]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output(query, None)
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, "+dirty" with local changes; None if it is not a checkout."""
+    here = Path(__file__).resolve().parent
+    commit = _output(["git", "rev-parse", "--short=12", "HEAD"], here)
+    if commit is None or _output(["git", "ls-files", "--error-unmatch", __file__], here) is None:
+        return None
+    dirty = _output(["git", "status", "--porcelain", "--untracked-files=no"], here)
+    return f"{commit}+dirty" if dirty else commit
+
+
+def _output(command: list[str], cwd: Path | None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""

@@ -1,0 +1,216 @@
+"""Check, then time, every candidate of one workload; a wrong result is never timed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..strategies import Take
+from ..testing import ErrorReport, judge
+from ..workspace import Arena
+from .providers import Binder, Bound, Candidate
+from .records import Record
+from .roofline import Ceilings, mandatory_bytes, useful_flop
+from .timing import Sampler, host_ms, percentile
+from .workloads import Tensors, Workload
+
+__all__ = ["measure_workload"]
+
+
+@dataclasses.dataclass
+class _Row:
+    candidate: Candidate
+    record: Record
+    scratch_bytes: int = 0
+    bound: Bound | None = None
+    samples: list[float] = dataclasses.field(default_factory=list)
+
+
+def measure_workload(
+    workload: Workload,
+    candidates: Sequence[Candidate],
+    ceilings: Ceilings,
+    env: dict[str, str | None],
+    device: torch.device,
+    rounds: int,
+    tick: Callable[[str], None] = lambda text: None,
+) -> Iterator[Record]:
+    """Yield a record per candidate, in order. If interrupted, those with samples are yielded before it goes on."""
+    tick("preparing weights")
+    tensors = Tensors.make(workload, device)
+    binder = Binder(workload, tensors)
+    template = _template(workload, tensors, ceilings, env)
+    rows = [_Row(c, _describe(template, c)) for c in candidates]
+    space = _SharedScratch(device, [_need(row, binder) for row in rows])
+    for row in rows:
+        tick(f"checking {row.record.strategy}")
+        if row.record.status == "ok":
+            _prepare(row, binder, tensors, space)
+    timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
+    try:
+        Sampler(device).rounds(
+            [row.bound.run for row in timed if row.bound is not None],
+            rounds,
+            [row.samples for row in timed],
+            lambda: tick("timing"),
+        )
+    finally:
+        for row in rows:
+            if row.samples:
+                _summarise(row.record, row.samples)
+            if row.samples or row.record.status != "ok":
+                yield row.record
+
+
+class _SharedScratch:
+    """One buffer for all candidates of a workload: each run writes what it reads, so they can take turns in it."""
+
+    def __init__(self, device: torch.device, needs: Sequence[int]) -> None:
+        self._buffer = torch.empty(max(needs, default=0), dtype=torch.uint8, device=device)
+
+    def take(self) -> Take:
+        """A fresh allocator over the whole buffer."""
+        return Arena.over(self._buffer).take
+
+    def poison(self) -> None:
+        """Fill with NaN (every byte 0xff is one in fp16, bf16 and fp32), so that an unwritten result shows."""
+        self._buffer.fill_(255)
+
+
+def _need(row: _Row, binder: Binder) -> int:
+    """Scratch bytes of a row, found by binding it to memory that does not exist; settles rows that cannot run."""
+    record, candidate = row.record, row.candidate
+    record.reason = binder.refuse(candidate)
+    if record.reason is None and candidate.api != "wrapper":
+        counter = Arena(torch.device("meta"), None)
+        binder.bind(candidate, counter.take, dry=True)
+        row.scratch_bytes = counter.used
+        if not _fits(counter.used, binder.device):
+            record.reason = f"needs {counter.used / 2**30:.1f} GiB of scratch memory, more than is free"
+    if record.reason is None:
+        return row.scratch_bytes
+    record.status = "unsupported"
+    return 0
+
+
+def _template(workload: Workload, t: Tensors, ceilings: Ceilings, env: dict[str, str | None]) -> Record:
+    d = workload.distribution
+    return Record(
+        kind=workload.kind,
+        distribution=d.name,
+        scaled=workload.scaled,
+        num_experts=d.num_experts,
+        active_experts=d.active_experts,
+        total_tokens=d.total_tokens,
+        max_tokens=d.max_tokens,
+        n=workload.n,
+        k=workload.k,
+        group_size=t.weight.group_size,
+        format=workload.format.name,
+        dtype=workload.dtype,
+        seed=workload.seed,
+        batch=workload.batch,
+        top_k=workload.top_k,
+        provider="",
+        strategy="",
+        threshold=None,
+        scope="",
+        gather=None,
+        graph=False,
+        api="",
+        weight_layout=t.weight.weight_layout,
+        flop=useful_flop(d.total_tokens, workload.n, workload.k),
+        mandatory_bytes=mandatory_bytes(t.weight, d.active_experts, d.total_tokens, workload.torch_dtype),
+        ceiling_tflops=ceilings.tflops,
+        ceiling_copy_gbps=ceilings.copy_gbps,
+        **env,  # type: ignore[arg-type]
+    )
+
+
+def _describe(template: Record, c: Candidate) -> Record:
+    return dataclasses.replace(
+        template,
+        provider=c.provider,
+        strategy="auto" if c.strategy is None else c.strategy.name,
+        threshold=None if c.strategy is None else c.strategy.threshold,
+        scope=c.scope,
+        gather=c.gather,
+        graph=c.graph,
+        api=c.api,
+        samples_ms=[],
+    )
+
+
+def _prepare(row: _Row, binder: Binder, t: Tensors, space: _SharedScratch) -> None:
+    """Bind, count, run once on poisoned memory, judge; and capture, if the candidate asks for a graph."""
+    record, candidate, device = row.record, row.candidate, t.x.device
+    bound = binder.bind(candidate, space.take())
+    if candidate.strategy is not None:
+        strategy = candidate.strategy
+        record.plan_ms = host_ms(lambda: binder.schedule(strategy), device)
+    if bound.counts:
+        record.launches = bound.counts["gemm"]
+        record.dequant_launches = bound.counts["dequant"]
+        record.gather_launches = bound.counts["gather"]
+        record.pad_launches = bound.counts["pad"]
+        record.scatter_launches = bound.counts["scatter"]
+    record.padded_rows = bound.padded_rows
+    report, transient = _check(bound, t, space)
+    record.error, record.error_peer = report.error, report.error_peer
+    if transient is not None:
+        record.peak_bytes = row.scratch_bytes + bound.own_bytes + transient
+    if not report.ok:
+        record.status, record.reason = "WRONG", report.message
+        return
+    if candidate.graph:
+        bound = dataclasses.replace(bound, run=_captured(bound.run, device))
+        report, _ = _check(bound, t, space)
+        if not report.ok:
+            record.status, record.reason = "WRONG", report.message
+            return
+    row.bound = bound
+
+
+def _check(bound: Bound, t: Tensors, space: _SharedScratch) -> tuple[ErrorReport, int | None]:
+    """Run on poisoned scratch and judge; also the device memory the run took beyond it, where torch keeps count."""
+    device = t.x.device
+    space.poison()
+    if device.type != "cuda":
+        return judge(bound.run(), t.oracle, t.peer), None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    y = bound.run()
+    torch.cuda.synchronize(device)
+    transient = torch.cuda.max_memory_allocated(device) - before
+    return judge(y, t.oracle, t.peer), transient
+
+
+def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    """The same call as a replay of a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        y = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
+def _fits(need: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info(device)[0]
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return need < 0.9 * (free + cached)
+
+
+def _summarise(record: Record, samples: list[float]) -> None:
+    record.samples_ms = [round(s, 6) for s in samples]
+    record.median_ms = percentile(samples, 50)
+    record.p20_ms = percentile(samples, 20)
+    record.p80_ms = percentile(samples, 80)

@@ -1,0 +1,177 @@
+"""One flat JSON object per measurement; every table and plot is a view of these.
+
+A record is written the moment it is measured, so an interrupted run keeps what it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass
+class Record:
+    """One measured (or refused) configuration.
+
+    Times are milliseconds, sizes bytes, rates 1e12 FLOP/s and 1e9 B/s. `None` means "does not apply"
+    or "not measured here"; a number that was not measured does not exist.
+    """
+
+    # what was asked
+    kind: str  # "prefill" | "decode"
+    distribution: str  # name or file of the token distribution
+    scaled: str | None  # how the workload differs from the recorded one, None when it does not
+    num_experts: int
+    active_experts: int
+    total_tokens: int  # S: rows over all experts
+    max_tokens: int  # rows of the largest expert
+    n: int
+    k: int
+    group_size: int | None
+    format: str
+    dtype: str  # of the activations: "bf16" | "fp16" | "fp32"
+    seed: int
+    # who did it and how
+    provider: str  # "torch"; fused providers later
+    strategy: str  # "per_expert" | "pad_and_clip" | "full_pad" | "grouped" | "auto": the public call
+    threshold: int | None  # of pad_and_clip
+    scope: str  # "base mm": weights dequantized before the clock; "base+deq": inside it; "fused"
+    gather: str | None  # small experts' weights made contiguous "before" or "inside" the clock
+    graph: bool  # replayed from a CUDA graph
+    api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
+    weight_layout: str  # "public" | "prepared"
+    batch: int | None = None  # decode: tokens
+    top_k: int | None = None  # decode: experts per token
+    # what was counted
+    launches: int | None = None  # GEMM launches
+    dequant_launches: int | None = None
+    gather_launches: int | None = None  # weight gathers
+    pad_launches: int | None = None
+    scatter_launches: int | None = None  # unpadding
+    padded_rows: int | None = None
+    plan_ms: float | None = None  # host planning, from counts on the device to launches
+    # what was measured
+    status: str = "ok"  # "ok" | "WRONG" | "unsupported"
+    reason: str | None = None  # why, when status is not "ok"
+    error: float | None = None  # RMS error against the oracle, relative to the oracle's RMS
+    error_peer: float | None = None  # the same of torch in the working dtype
+    samples_ms: list[float] = dataclasses.field(default_factory=list)
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    peak_bytes: int | None = None  # device memory the call needs beyond its inputs
+    # what it is judged by
+    flop: int = 0  # 2 S N K: useful work
+    mandatory_bytes: int = 0  # codes, scales, zeros of active experts, x and y, once each
+    ceiling_tflops: float | None = None  # matmul, measured on the spot
+    ceiling_copy_gbps: float | None = None  # copy, bytes read plus written
+    # where and when
+    device: str = ""
+    device_type: str = ""
+    driver: str | None = None
+    torch: str = ""
+    triton: str | None = None
+    python: str = ""
+    qexperts: str = ""
+    commit: str | None = None
+    command: str = ""
+    time: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def tflops(self) -> float | None:
+        """Useful work over the median time, 1e12 FLOP/s."""
+        return self.flop / self.median_ms / 1e9 if self.median_ms else None
+
+    @property
+    def gbps(self) -> float | None:
+        """Mandatory bytes over the median time, 1e9 B/s."""
+        return self.mandatory_bytes / self.median_ms / 1e6 if self.median_ms else None
+
+    @property
+    def floor_ms(self) -> float | None:
+        """The larger of arithmetic and bytes at the measured ceilings."""
+        if not self.ceiling_tflops or not self.ceiling_copy_gbps:
+            return None
+        return max(self.flop / self.ceiling_tflops / 1e9, self.mandatory_bytes / self.ceiling_copy_gbps / 1e6)
+
+    @property
+    def roofline(self) -> float | None:
+        """Fraction of the roofline reached: floor over median."""
+        floor = self.floor_ms
+        return floor / self.median_ms if floor and self.median_ms else None
+
+    def baseline_key(self) -> tuple[Any, ...]:
+        """Records with equal keys share one baseline: eager `per_expert` of the same provider and scope."""
+        return (self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout)
+
+    def workload_key(self) -> tuple[Any, ...]:
+        """What was multiplied, apart from the format."""
+        return (self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.dtype, self.device)
+
+    def config_key(self) -> tuple[Any, ...]:
+        """Identity across runs: what `compare` matches on (not device, versions or time)."""
+        return (
+            self.kind, self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.group_size,
+            self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
+            self.graph, self.api, self.weight_layout,
+        )  # fmt: skip
+
+    def is_baseline(self) -> bool:
+        return self.strategy == "per_expert" and not self.graph
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+
+_FIELDS = {f.name for f in dataclasses.fields(Record)}
+_REQUIRED = {f.name for f in dataclasses.fields(Record) if f.default is dataclasses.MISSING
+             and f.default_factory is dataclasses.MISSING}  # fmt: skip
+
+
+def record_from_json(line: str, where: str) -> Record:
+    """Parse one line; ValueError names the file and line, and what is wrong."""
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a record") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{where}: schema {found!r}; expected a benchmark record with schema {SCHEMA}")
+    missing = _REQUIRED - data.keys()
+    if missing:
+        raise ValueError(f"{where}: record lacks {', '.join(sorted(missing))}")
+    return Record(**{key: value for key, value in data.items() if key in _FIELDS})
+
+
+def load_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Read a .jsonl file of records."""
+    text = Path(path).read_text(encoding="utf-8")
+    return [record_from_json(line, f"{path}:{i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+class RecordWriter:
+    """Appends records to a file, flushed one by one; earlier runs in the file are kept.
+
+    Opening raises OSError at once if the path cannot be written, before anything is measured.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._file: IO[str] | None = open(path, "a", encoding="utf-8") if path is not None else None
+
+    def write(self, records: Iterable[Record]) -> None:
+        if self._file is None:
+            return
+        for record in records:
+            self._file.write(record.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

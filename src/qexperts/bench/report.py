@@ -1,0 +1,595 @@
+"""Tables, CSV and JSON of records: pure views, nothing is measured here.
+
+A table shows only the columns that vary; what is constant is said once, in the line above it.
+A record whose status is not "ok" never shows a time, in any format.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from qexperts.bench.records import Record
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
+
+Out = Literal["table", "md", "csv", "json"]
+Mode = Literal["summary", "full"]
+
+_TIMES = ("median_ms", "p20_ms", "p80_ms")
+_DERIVED = ("speedup", "tflops", "gbps", "floor_ms", "roofline")
+
+
+def time_of(record: Record | None) -> float | None:
+    """Median in ms, None unless the result was right."""
+    return record.median_ms if record is not None and record.status == "ok" else None
+
+
+def fastest(records: Iterable[Record]) -> Record | None:
+    """The lowest median among the right results."""
+    timed = [r for r in records if time_of(r) is not None]
+    return min(timed, key=lambda r: r.median_ms or math.inf, default=None)
+
+
+def newest(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, Record]:
+    """The newest record of each key, keys in order of first appearance; a later line wins a tie."""
+    found: dict[Any, Record] = {}
+    for record in records:
+        if key(record) not in found or record.time >= found[key(record)].time:
+            found[key(record)] = record
+    return found
+
+
+def baseline_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
+    """baseline_key -> the eager `per_expert` record that others of the key are compared with."""
+    return newest((r for r in records if r.is_baseline() and time_of(r)), Record.baseline_key)
+
+
+def label(record: Record) -> str:
+    """The strategy with all that distinguishes it: `pad_and_clip(256), graph, weights gathered inside`.
+
+    Only `base mm` has a choice of where weights are gathered; elsewhere it is inside by nature.
+    """
+    text = record.strategy if record.threshold is None else f"{record.strategy}({record.threshold})"
+    text += ", graph" if record.graph else ""
+    return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
+
+
+def paid(records: Sequence[Record]) -> list[Record]:
+    """Records with everything inside the clock that a caller pays for on every call.
+
+    Dequantization for quantized formats; for the others the gather of the small experts' weights, whose
+    set changes with every routing.
+    """
+    return [r for r in records if r.scope != "base mm"] or [r for r in records if r.gather != "before"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table: a record and the records it is seen against."""
+
+    record: Record
+    baseline: Record | None = None
+    best: bool = False  # lowest median of its format and scope
+    clip: Record | None = None  # summary: the best pad_and_clip with everything inside
+    ready: Record | None = None  # summary: the best with weights dequantized or gathered before the clock
+
+    @property
+    def speedup(self) -> float | None:
+        """Median of the baseline over the median of this record."""
+        ours, base = time_of(self.record), time_of(self.baseline)
+        return base / ours if ours and base else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How one value of a row is found, shown, and named.
+
+    `show`: "always"; "varies": only if rows differ in it, else `caption` says it once; "any": if any row has it.
+    `drop`: the higher, the sooner it gives way on a narrow terminal; 0 stays.
+    """
+
+    name: str
+    header: str
+    unit: str
+    getter: Callable[[Any], Any]
+    formatter: Callable[[Any], str] = str
+    justify: Literal["left", "right"] = "right"
+    show: Literal["always", "varies", "any"] = "always"
+    drop: int = 0
+    caption: Callable[[Any], str] | None = None
+    mark: Callable[[Any], str] = lambda row: ""  # "" | "best" | "bad"
+
+    def text(self, row: Any) -> str:
+        value = self.getter(row)
+        return "-" if value is None else value if isinstance(value, str) else self.formatter(value)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def ms_text(value: float) -> str:
+    """Four digits or so, always with the same number of decimals in a range of ten."""
+    decimals = 4 if value < 0.1 else 3 if value < 10 else 2 if value < 100 else 1
+    return f"{value:,.{decimals}f}"
+
+
+def number_text(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def ratio_text(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.{1 if value < 0.0995 else 0}f}%"
+
+
+def _error(value: float) -> str:
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def _median(row: Row) -> float | str | None:
+    """A time, or why there is none: WRONG stays in the reader's eye, the reason is below the table."""
+    if row.record.status == "ok":
+        return row.record.median_ms
+    return "WRONG" if row.record.status == "WRONG" else "n/a"
+
+
+def _range(row: Row) -> str | None:
+    low, high = row.record.p20_ms, row.record.p80_ms
+    return f"{ms_text(low)}–{ms_text(high)}" if time_of(row.record) and low and high else None
+
+
+def _timed(name: str) -> Callable[[Row], Any]:
+    return lambda row: getattr(row.record, name) if time_of(row.record) else None
+
+
+def _field(name: str) -> Callable[[Row], Any]:
+    return lambda row: getattr(row.record, name, None)
+
+
+def _headroom(row: Row) -> float | None:
+    return 1 / row.record.roofline if time_of(row.record) and row.record.roofline else None
+
+
+def _launches_saved(row: Row) -> str | None:
+    ours, base = row.record.launches, row.baseline and row.baseline.launches
+    return None if ours is None else f"{ours:,}" if base in (None, ours) else f"{base:,}→{ours:,}"
+
+
+def _clip(row: Row) -> str | None:
+    return f"{ms_text(ms)} ({row.clip.threshold})" if row.clip and (ms := time_of(row.clip)) else None
+
+
+def _mark(row: Row) -> str:
+    return "bad" if row.record.status == "WRONG" else "best" if row.best else ""
+
+
+def _label_of(name: str) -> Callable[[Row], Any]:
+    return lambda row: label(other) if (other := getattr(row, name)) is not None else None
+
+
+_WORKLOAD = [
+    Column("distribution", "distri-\nbution", "", _field("distribution"), str, "left", "varies", caption=str),
+    Column("scaled", "scaled", "", _field("scaled"), str, "left", "varies", caption="scaled: {}".format),
+    Column("num_experts", "experts", "", _field("num_experts"), _count, show="varies", caption="{:,} experts".format),
+    Column("total_tokens", "rows", "", _field("total_tokens"), _count, show="varies", caption="{:,} rows".format),
+    Column("active_experts", "active", "", _field("active_experts"), str, show="varies", caption="{:,} active".format),
+    Column("max_tokens", "largest", "rows", _field("max_tokens"), _count, show="varies", caption="max {:,}".format),
+    Column("top_k", "top_k", "", _field("top_k"), _count, show="varies", caption="top_k {}".format),
+    Column("dtype", "dtype", "", _field("dtype"), str, "left", "varies", caption="{} activations".format),
+    Column("group_size", "group", "", _field("group_size"), _count, show="varies", caption="group {}".format),
+    Column("seed", "seed", "", _field("seed"), str, show="varies"),
+]
+_WHO = [
+    Column("provider", "provider", "", _field("provider"), str, "left", "varies", caption="provider {}".format),
+    Column("scope", "scope", "", _field("scope"), str, "left", "varies", caption=str),
+    Column("api", "api", "", _field("api"), str, "left", "varies", caption="{} calls".format),
+    Column("weight_layout", "layout", "", _field("weight_layout"), str, "left", "varies", caption="{} weights".format),
+    Column("device", "device", "", _field("device"), str, "left", "varies", caption=str),
+    Column("torch", "torch", "", _field("torch"), str, "left", "varies", caption="torch {}".format),
+]  # fmt: skip
+_FORMAT = [Column("format", "format", "", _field("format"), str, "left")]
+_STRATEGY = [Column("strategy", "strategy", "", lambda row: label(row.record), str, "left", mark=_mark)]
+_ROOFLINE = Column("roofline", "% of\nroof-\nline", "", _timed("roofline"), _percent)
+_RATES = [
+    Column("tflops", "TFLOP\n/s", "", _timed("tflops"), number_text, show="any", drop=3),
+    Column("gbps", "GB/s", "", _timed("gbps"), number_text, show="any", drop=4),
+]
+_VERSUS = Column("speedup", "vs per_\nexpert", "", lambda row: row.speedup, ratio_text, show="any")
+_ERROR = Column("error", "error", "", _field("error"), _error, show="any", drop=3)
+_FULL = [
+    Column("launches", "GEMM\nlaun-\nches", "", _field("launches"), _count),
+    Column("dequant_launches", "de-\nquant", "", _field("dequant_launches"), _count, show="any", drop=5),
+    Column("gather_launches", "ga-\nther", "", _field("gather_launches"), _count, show="any", drop=6),
+    Column("pad_launches", "pad", "", _field("pad_launches"), _count, show="any", drop=9),
+    Column("scatter_launches", "scat-\nter", "", _field("scatter_launches"), _count, show="any", drop=8),
+    Column("padded_rows", "padded\nrows", "", _field("padded_rows"), _count, show="any", drop=2),
+    Column("plan_ms", "plan", "ms", _field("plan_ms"), ms_text, show="any", drop=5),
+    Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
+    Column("p20_p80_ms", "p20–p80", "ms", _range, show="any", drop=7),
+    _VERSUS,
+    *_RATES,
+    _ROOFLINE,
+    Column("peak_bytes", "peak", "MiB", _field("peak_bytes"), lambda v: number_text(v / 2**20), show="any", drop=3),
+    _ERROR,
+]
+_SUMMARY = [
+    Column("strategy", "best, all\ninside", "", lambda row: label(row.record), str, "left", mark=_mark),
+    Column("launches", "GEMM\nlaun-\nches", "", _launches_saved),
+    Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
+    _VERSUS,
+    Column("clip", "pad_and_clip\nbest (at)", "ms", _clip, show="any"),
+    Column("ready_strategy", "best, weights\nready before", "", _label_of("ready"), str, "left", "any"),
+    Column("ready_ms", "ready", "ms", lambda row: time_of(row.ready), ms_text, show="any"),
+    *_RATES,
+    Column("floor_ms", "floor", "ms", _timed("floor_ms"), ms_text, drop=2),
+    _ROOFLINE,
+    Column("headroom", "could\ngain", "", _headroom, ratio_text, drop=1),
+]
+_DECODE = [
+    Column("batch", "batch", "", _field("batch"), _count, show="any"),
+    Column("total_tokens", "rows", "", _field("total_tokens"), _count),
+    Column("active_experts", "active\nexperts", "", _field("active_experts"), _count),
+]
+_DECODE_MEASURED = [
+    Column("launches", "GEMM\nlaun-\nches", "", _field("launches"), _count),
+    Column("median_us", "median", "us", lambda row: v if isinstance(v := _median(row), str) else v and v * 1e3,
+           number_text, mark=_mark),
+    _VERSUS,
+    _RATES[1],
+    _ROOFLINE,
+    _ERROR,
+]  # fmt: skip
+
+
+def _all_columns(kind: str, mode: Mode) -> list[Column]:
+    if kind == "decode":
+        given = {c.name for c in _DECODE}
+        workload = [c for c in _WORKLOAD if c.name not in given | {"max_tokens"}]
+        return [*_FORMAT, *_DECODE, *workload, *_WHO, *_STRATEGY, *_DECODE_MEASURED]
+    if mode == "summary":
+        who = [c for c in _WHO if c.name != "scope"]
+        return [*_FORMAT, *_WORKLOAD, *who, *_SUMMARY]
+    return [*_FORMAT, *_WORKLOAD, *_WHO, *_STRATEGY, *_FULL]
+
+
+def _shown(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
+    """Columns worth their width: always, any row has a value, or rows differ."""
+    shown = []
+    for column in columns:
+        values = {value for row in rows if (value := column.getter(row)) is not None}
+        if column.show == "always" or len(values) > 1 or (column.show == "any" and values - {0}):
+            shown.append(column)
+    return shown
+
+
+def columns(records: Sequence[Record], mode: Mode) -> list[Column]:
+    """The columns a table of these records shows; records are of one kind."""
+    return _shown(_all_columns(records[0].kind, mode), rows(records, mode)) if records else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One table, before it is drawn."""
+
+    title: str
+    columns: list[Column]
+    rows: list[Any]
+    together: Callable[[Any], Any] = lambda row: None  # rows that differ in it are set apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Chapter:
+    """Tables under one caption, with notes below."""
+
+    caption: str
+    sections: list[Section]
+    notes: list[str]
+
+
+def _groups(items: Iterable[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
+    found: dict[Any, list[Record]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
+def _rank_key(record: Record) -> tuple[Any, ...]:
+    """Records that compete to be the best: one workload, format and scope; raw and wrapped calls apart."""
+    return (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+
+
+def _full_rows(records: Sequence[Record]) -> list[Row]:
+    baselines = baseline_of(records)
+    ranked = [[r for r in group if time_of(r)] for group in _groups(records, _rank_key)]
+    best = {id(fastest(group)) for group in ranked if len(group) > 1}
+    ordered = [r for group in _groups(records, lambda r: r.format) for part in _groups(group, _rank_key) for r in part]
+    return [Row(r, baselines.get(r.baseline_key()), id(r) in best) for r in ordered]
+
+
+def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) -> Row:
+    inside = paid(group) or group
+    wrong = next((r for r in inside if r.status == "WRONG"), inside[0])
+    chosen = fastest(inside) or wrong
+    clip = fastest(r for r in inside if r.strategy == "pad_and_clip")
+    ready = fastest(r for r in group if r.scope == "base mm")
+    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready=ready)
+
+
+def _summary_rows(records: Sequence[Record]) -> list[Row]:
+    """One row per format and provider; the best provider is marked where there are several."""
+    baselines = baseline_of(records)
+    found = []
+    for format_group in _groups(records, lambda r: (r.format, r.workload_key(), r.group_size, r.api, r.torch)):
+        part = [_summary_row(g, baselines) for g in _groups(format_group, lambda r: (r.provider, r.weight_layout))]
+        best = fastest(row.record for row in part) if len(part) > 1 else None
+        found += [dataclasses.replace(row, best=row.record is best) for row in part]
+    return found
+
+
+def rows(records: Sequence[Record], mode: Mode) -> list[Row]:
+    """Rows in the order measured, formats kept together; summary keeps the best of each format."""
+    return _summary_rows(records) if mode == "summary" else _full_rows(records)
+
+
+def caption(records: Sequence[Record]) -> str:
+    """What all records share, in words, and the ceilings they are judged by."""
+    pieces = {}
+    for column in (*_WORKLOAD, *_WHO):
+        values = {v for r in records if (v := column.getter(Row(r))) is not None}
+        if column.caption and len(values) == 1:
+            pieces[column.name] = column.caption(values.pop())
+    if "distribution" in pieces and "scaled" in pieces:
+        pieces["distribution"] += f" ({pieces.pop('scaled')})"
+    if "total_tokens" in pieces and "active_experts" in pieces and "max_tokens" in pieces:
+        pieces["total_tokens"] += f" ({pieces.pop('active_experts')}, {pieces.pop('max_tokens')})"
+    ceilings = [
+        f"{name} {_span(values)} {unit}"
+        for name, unit, attribute in (("matmul", "TFLOP/s", "ceiling_tflops"), ("copy", "GB/s", "ceiling_copy_gbps"))
+        if (values := {number_text(v) for r in records if (v := getattr(r, attribute))})
+    ]
+    text = ", ".join(text for text in pieces.values() if text)
+    return text + ("; ceilings: " + ", ".join(ceilings) if ceilings else "")
+
+
+def _span(values: set[str]) -> str:
+    ordered = sorted(values, key=lambda v: float(v.replace(",", "")))
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]}–{ordered[-1]}"
+
+
+def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[str]:
+    """Why rows have no time, grouped by reason; and what the labels mean where they occur."""
+    notes = []
+    projections = {(r.n, r.k) for r in records}
+    for group in _groups((r for r in records if r.status != "ok"), lambda r: (r.status, r.reason)):
+        who = []
+        for same in _groups(group, lambda r: (r.format, r.provider, r.scope, label(r))):
+            some = {(r.n, r.k) for r in same} != projections
+            where = "".join(f" N={r.n} K={r.k}" for r in same) if some else ""
+            who.append(f"{same[0].format} {same[0].provider} {same[0].scope} {label(same[0])}{where}")
+        more = f" and {len(who) - 4} more" if len(who) > 4 else ""
+        status = "WRONG" if group[0].status == "WRONG" else "n/a"
+        notes.append(
+            f"{status}: {'; '.join(who[:4])}{more}: {' '.join((group[0].reason or 'no reason recorded').split())}"
+        )
+    if any(row.best for row in shown):
+        ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
+        notes.append(f"best: the lowest median of the {ranked}")
+    seen = [r for row in shown for r in (row.record, row.ready) if r is not None]
+    if any(r.graph for r in seen):
+        notes.append("graph: replayed from a CUDA graph, which holds for exactly these counts")
+    if any("gathered" in label(r) for r in seen):
+        notes.append("weights gathered: the small experts' weights made contiguous before or inside the clock")
+    if mode == "summary" and records[0].kind == "prefill":
+        notes.append(
+            "all inside: dequantization and every copy inside the clock; weights ready: dequantized or gathered before "
+            "it; pad_and_clip: all inside, at its best threshold; floor: the larger of arithmetic and bytes at the "
+            "ceilings; could gain: median / floor"
+        )
+    return notes
+
+
+def chapters(records: Sequence[Record], mode: Mode) -> list[Chapter]:
+    """Tables of the newest record of each configuration, one per kind and projection."""
+    kept = newest(records, lambda r: (r.config_key(), getattr(r, "top_k", None), r.device, r.torch)).values()
+    together = (lambda row: None) if mode == "summary" else (lambda row: (row.record.format, row.record.scope))
+    found = []
+    for group in _groups(kept, lambda r: r.kind):
+        shown = columns(group, mode)
+        sections = [
+            Section(f"{part[0].kind} N={part[0].n} K={part[0].k}", shown, rows(part, mode), together)
+            for part in _groups(group, lambda r: (r.n, r.k))
+        ]
+        everything = [row for section in sections for row in section.rows]
+        found.append(Chapter(caption(group), sections, _notes(group, everything, mode)))
+    return found
+
+
+def _header(column: Column) -> str:
+    return f"{column.header}\n{column.unit}" if column.unit else column.header
+
+
+def _cell(column: Column, row: Any, plain: bool) -> str:
+    """The text of a cell; `plain` is for output without styles: a star where the best row would be bold."""
+    star = plain and column.justify == "left" and column.mark(row) == "best"
+    return column.text(row) + (" *" if star else "")
+
+
+def _widths(column: Column, cells: Sequence[str]) -> tuple[int, int]:
+    """Least and natural width: a label may break after its commas, a number may not."""
+    header = max(map(len, _header(column).split("\n")))
+    pieces = [piece for cell in cells for piece in (re.split("(?<=,) ", cell) if column.justify == "left" else [cell])]
+    return max([header, *map(len, pieces)]), max([header, *map(len, cells)])
+
+
+def _fit(section: Section, width: int | None, plain: bool) -> tuple[list[tuple[Column, int]], int]:
+    """Columns with their widths, and the gap between them.
+
+    In a narrow terminal labels break first, then the gap shrinks, then the least needed columns are left out.
+    """
+    kept = list(section.columns)
+    sizes = {c.name: _widths(c, [_cell(c, row, plain) for row in section.rows]) for c in kept}
+    if width is None:
+        return [(c, sizes[c.name][1]) for c in kept], 2
+    while True:
+        least = sum(sizes[c.name][0] for c in kept)
+        gap = 2 if least + 2 * (len(kept) - 1) <= width else 1
+        spare = width - least - gap * (len(kept) - 1)
+        victim = max(kept, key=lambda c: c.drop)
+        if spare >= 0 or victim.drop == 0:
+            break
+        kept.remove(victim)
+    fitted = []
+    for column in kept:
+        least, natural = sizes[column.name]
+        extra = max(0, min(spare, natural - least))
+        spare -= extra
+        fitted.append((column, least + extra))
+    return fitted, gap
+
+
+def table(section: Section, width: int | None = None, plain: bool = False) -> Table:
+    """Draw a section for a terminal of `width` columns; None shows everything, at any width."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    kept, gap = _fit(section, width, plain)
+    left_out = [c.name for c in section.columns if c not in [column for column, _ in kept]]
+    drawn = Table(
+        title=section.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, gap - 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="dim",
+        caption=f"left out to fit {width} columns: {', '.join(left_out)}" if left_out else None,
+    )  # fmt: skip
+    for column, characters in kept:
+        drawn.add_column(Text(_header(column)), justify=column.justify, width=characters, overflow="fold")
+    styles = {"": "", "best": "bold", "bad": "bold red"}
+    for i, row in enumerate(section.rows):
+        if i and section.together(row) != section.together(section.rows[i - 1]):
+            drawn.add_section()
+        drawn.add_row(*(Text(_cell(c, row, plain), style=styles[c.mark(row)]) for c, _ in kept))
+    return drawn
+
+
+def drawing(found: Sequence[Chapter], width: int | None = None, plain: bool = False) -> Group:
+    """All chapters as one renderable for a rich console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for chapter in found:
+        parts.append(Text(chapter.caption))
+        for section in chapter.sections:
+            parts += [Text(""), table(section, width, plain)]
+        parts += [Text(""), *(Text(note, style="red" if note.startswith("WRONG") else "dim") for note in chapter.notes)]
+    return Group(*parts)
+
+
+def show(found: Sequence[Chapter], console: Console) -> None:
+    """Print chapters: fitted to a terminal, at full width into a file or a pipe."""
+    from rich.measure import Measurement
+
+    if console.is_terminal:
+        console.print(drawing(found, console.width))
+        return
+    unbounded = console.options.update(width=10_000)
+    widths = [
+        Measurement.get(console, unbounded, table(section, plain=True)).maximum
+        for chapter in found
+        for section in chapter.sections
+    ]
+    console.width = max([console.width, *widths])
+    console.print(drawing(found, plain=True))
+
+
+def _markdown_section(section: Section) -> list[str]:
+    names = []
+    for column in section.columns:
+        name = column.header.replace("-\n", "").replace("_\n", "_").replace("\n/", "/").replace("\n", " ")
+        names.append(f"{name} {column.unit}" if column.unit else name)
+    lines = [f"**{section.title}**", "", "| " + " | ".join(names) + " |"]
+    lines.append("|" + "|".join("---:" if c.justify == "right" else ":---" for c in section.columns) + "|")
+    for row in section.rows:
+        cells = [(c.text(row).replace("|", "\\|"), c.mark(row)) for c in section.columns]
+        lines.append("| " + " | ".join(f"**{text}**" if mark else text for text, mark in cells) + " |")
+    return [*lines, ""]
+
+
+def markdown(found: Sequence[Chapter]) -> str:
+    """GitHub tables with captions and notes as text."""
+    lines: list[str] = []
+    for chapter in found:
+        lines += [chapter.caption, ""]
+        for section in chapter.sections:
+            lines += _markdown_section(section)
+        lines += [*(f"- {note}" for note in chapter.notes), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def flat(record: Record, baselines: dict[tuple[Any, ...], Record]) -> dict[str, Any]:
+    """All fields of a record and what is derived from them; a wrong result has no times."""
+    data = dataclasses.asdict(record)
+    if record.status != "ok":
+        data.update(dict.fromkeys(_TIMES), samples_ms=[])
+    row = Row(record, baselines.get(record.baseline_key()))
+    derived = (
+        row.speedup,
+        *(_timed(name)(row) for name in ("tflops", "gbps")),
+        record.floor_ms,
+        _timed("roofline")(row),
+    )
+    return {**data, **dict(zip(_DERIVED, derived, strict=True))}
+
+
+def _csv(records: Sequence[Record]) -> str:
+    baselines = baseline_of(records)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Record)] + list(_DERIVED), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        data = flat(record, baselines)
+        writer.writerow({**data, "samples_ms": " ".join(map(repr, data["samples_ms"]))})
+    return text.getvalue()
+
+
+def _json(records: Sequence[Record]) -> str:
+    """Strict JSON: an error that is not a number becomes null, the status says the rest."""
+    baselines = baseline_of(records)
+    rows = [
+        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in flat(r, baselines).items()}
+        for r in records
+    ]
+    return json.dumps(rows, indent=1, allow_nan=False) + "\n"
+
+
+def render(
+    records: Sequence[Record], out: Out, mode: Mode = "summary", width: int | None = None, plain: bool = False
+) -> str | Group:
+    """Records as text ("md", "csv", "json": every column) or as a rich renderable ("table").
+
+    `width` and `plain` concern tables only; `show(chapters(records, mode), console)` sets them from the console.
+    CSV and JSON hold every record in the order given; `mode` does not matter to them.
+    """
+    if out == "csv":
+        return _csv(records)
+    if out == "json":
+        return _json(records)
+    if out == "md":
+        return markdown(chapters(records, mode))
+    if out == "table":
+        return drawing(chapters(records, mode), width, plain)
+    raise ValueError(f'render: out is {out!r}; expected "table", "md", "csv" or "json".')

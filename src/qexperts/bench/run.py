@@ -1,0 +1,194 @@
+"""From options to workloads to records: `bench prefill` and `bench decode`.
+
+Everything that can be wrong with the options is found before anything long runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ..backends import BACKENDS
+from ..routing import Distribution, parse_distribution
+from ..strategies import Strategy, parse_strategy
+from .environment import environment, pick_device
+from .measure import measure_workload
+from .providers import enumerate_candidates
+from .records import Record, RecordWriter
+from .roofline import measure_ceilings
+from .workloads import DTYPES, PROJECTIONS, Workload, decode_distribution, select_formats
+
+__all__ = ["BenchOptions", "Job", "prepare", "run"]
+
+THRESHOLDS = (64, 128, 256, 512, 1024)
+ROUNDS = {"cpu": 5}
+ROUNDS_DEVICE = 20
+SYNTHETIC = ("even", "zipf", "log-normal", "lognormal")
+# What a CPU measures when no size is asked for. The ratio of rows to experts, and with it the thresholds, is a
+# quarter of the recorded one.
+CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64, 256)
+DECODE_EXPERTS = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """What the command line asks for; None means the default, which may depend on the device.
+
+    Attributes:
+        tokens: rows over all experts (S).
+        top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
+    """
+
+    kind: str = "prefill"
+    distribution: str | None = None
+    tokens: int | None = None
+    experts: int | None = None
+    n: int | None = None
+    k: int | None = None
+    group_size: int = 128
+    formats: str = "all"
+    strategies: str = "all"
+    thresholds: str | None = None
+    provider: str = "torch"
+    mode: str = "summary"
+    api: str = "raw"
+    device: str | None = None
+    dtype: str = "bf16"
+    save: str | None = None
+    plot: str | None = None
+    seed: int = 0
+    rounds: int | None = None
+    top_k: int = 8
+    batch_sizes: str = "1,8,32"
+
+    @property
+    def sized(self) -> bool:
+        """Whether any size was asked for; if not, a CPU takes its scaled preset."""
+        return any(v is not None for v in (self.distribution, self.tokens, self.experts, self.n, self.k))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Checked options: what will be measured, where, and where it is saved."""
+
+    options: BenchOptions
+    device: torch.device
+    workloads: list[Workload]
+    strategies: list[Strategy]
+    apis: list[str]
+    rounds: int
+    writer: RecordWriter
+
+
+def prepare(options: BenchOptions) -> Job:
+    """Check every option, build the workloads, open the files. Raises ValueError or OSError, one line, naming it."""
+    device = pick_device(options.device)
+    if options.dtype not in DTYPES or (options.dtype == "fp32" and device.type != "cpu"):
+        raise ValueError(f"--dtype {options.dtype}: expected bf16 or fp16 (fp32 on the CPU only)")
+    if options.provider == "fused":
+        raise ValueError(f"--provider fused: no fused backend in this version; there is: {', '.join(BACKENDS)}")
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds {options.rounds}: expected at least 1")
+    apis = _words("--api", options.api, ("raw", "wrapper"))
+    scaled = device.type == "cpu" and not options.sized
+    strategies = _strategies(options, scaled)
+    workloads = (_prefill if options.kind == "prefill" else _decode)(options, scaled)
+    for workload in workloads:
+        workload.check()
+    if options.plot is not None:
+        Path(options.plot).mkdir(parents=True, exist_ok=True)
+    rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
+    return Job(options, device, workloads, strategies, apis, rounds, RecordWriter(options.save))
+
+
+def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text: None) -> Iterator[Record]:
+    """Measure every workload; each record is saved before it is yielded.
+
+    Args:
+        tick: progress: workload, its index, and what happens now.
+    """
+    dtype = DTYPES[job.options.dtype]
+    if job.workloads:
+        tick(job.workloads[0], 0, "measuring ceilings")
+    ceilings = measure_ceilings(job.device, dtype)
+    env = environment(job.device)
+    for i, workload in enumerate(job.workloads):
+        candidates = enumerate_candidates(workload, job.device, job.strategies, job.apis)
+        measured = measure_workload(
+            workload, candidates, ceilings, env, job.device, job.rounds, lambda text, w=workload, i=i: tick(w, i, text)
+        )
+        for record in measured:
+            job.writer.write([record])
+            yield record
+
+
+def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:
+    text = o.distribution or "autoround-256"
+    cap = None
+    if text.partition(":")[0] in SYNTHETIC and o.tokens is not None:
+        cap = -(-o.tokens // max(1, min(o.top_k, o.experts or o.top_k)))
+    experts, tokens = (CPU_EXPERTS, CPU_TOKENS) if scaled else (o.experts, o.tokens)
+    distribution = parse_distribution(text, num_experts=experts, total_tokens=tokens, seed=o.seed, max_per_expert=cap)
+    if distribution.total_tokens == 0:
+        raise ValueError(f"--distribution {text}: no rows at all; there is nothing to measure")
+    note = [distribution.scaled, f"N and K divided by {CPU_DIVISOR}" if scaled else None]
+    return _workloads(o, scaled, distribution, "; ".join(filter(None, note)) or None)
+
+
+def _decode(o: BenchOptions, scaled: bool) -> list[Workload]:
+    if o.distribution is not None or o.tokens is not None:
+        raise ValueError("bench decode: rows come from --batch-sizes and --top-k, not from a distribution")
+    experts = o.experts or (CPU_EXPERTS if scaled else DECODE_EXPERTS)
+    if not 1 <= o.top_k <= experts:
+        raise ValueError(f"--top-k {o.top_k}: expected 1..{experts}, the number of experts")
+    note = f"{CPU_EXPERTS} experts instead of {DECODE_EXPERTS}; N and K divided by {CPU_DIVISOR}" if scaled else None
+    found = []
+    for batch in _integers("--batch-sizes", o.batch_sizes):
+        distribution = decode_distribution(batch, o.top_k, experts, o.seed)
+        found += [dataclasses.replace(w, batch=batch, top_k=o.top_k) for w in _workloads(o, scaled, distribution, note)]
+    return found
+
+
+def _workloads(o: BenchOptions, scaled: bool, distribution: Distribution, note: str | None) -> list[Workload]:
+    if (o.n is None) != (o.k is None):
+        raise ValueError("--n and --k: give both, or neither for the two projections of the recorded workload")
+    sizes = [(o.n, o.k)] if o.n is not None and o.k is not None else list(PROJECTIONS)
+    if scaled:
+        sizes = [(n // CPU_DIVISOR, k // CPU_DIVISOR) for n, k in sizes]
+    formats = select_formats(o.formats, o.dtype)
+    return [
+        Workload(o.kind, distribution, n, k, o.group_size, f, o.dtype, o.seed, note) for n, k in sizes for f in formats
+    ]
+
+
+def _strategies(o: BenchOptions, scaled: bool) -> list[Strategy]:
+    default = CPU_THRESHOLDS if scaled else THRESHOLDS
+    thresholds = default if o.thresholds is None else _integers("--thresholds", o.thresholds)
+    names = o.strategies
+    if names == "all":
+        names = "per_expert,pad_and_clip,full_pad,grouped" if o.kind == "prefill" else "per_expert,grouped"
+    try:
+        found = [s for name in names.split(",") for s in parse_strategy(name, thresholds)]
+    except ValueError as error:
+        raise ValueError(f"--strategies {o.strategies}: {error}") from None
+    return list(dict.fromkeys(found))
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise ValueError(f"{option} {text}: expected a comma list of positive integers")
+    return list(dict.fromkeys(values))
+
+
+def _words(option: str, text: str, known: Sequence[str]) -> list[str]:
+    words = [part.strip() for part in text.split(",")]
+    if not set(words) <= set(known):
+        raise ValueError(f"{option} {text}: expected a comma list of {', '.join(known)}")
+    return list(dict.fromkeys(words))

@@ -1,0 +1,92 @@
+"""A benchmark run as a person sees it: progress, the report, plots, and what an interrupt leaves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .plots import plot_all
+from .records import Record
+from .report import chapters, render, show
+from .run import Job, run
+from .workloads import Workload
+
+__all__ = ["bench_session"]
+
+
+def bench_session(job: Job, out: str) -> int:
+    """Measure, print, plot. Returns the exit code: 0, 1 if a result was WRONG, 130 if interrupted."""
+    console = Console(stderr=True)
+    found: list[Record] = []
+    code = 0
+    try:
+        with _Progress(console, len(job.workloads)) as progress:
+            for record in run(job, progress.tick):
+                found.append(record)
+    except KeyboardInterrupt:
+        code = 130
+        saved = f", kept in {job.options.save}" if job.options.save else ""
+        console.print(f"interrupted: {len(found)} rows measured so far{saved}", style="yellow", highlight=False)
+    finally:
+        job.writer.close()
+    if found:
+        _print(job, found, out)
+    if found and job.options.plot is not None and code == 0:
+        counts = {w.distribution.name: list(w.distribution.counts) for w in job.workloads}
+        for path in plot_all(found, counts, job.options.plot):
+            console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+    return code or int(any(r.status == "WRONG" for r in found))
+
+
+def _print(job: Job, found: list[Record], out: str) -> None:
+    mode = "full" if job.options.mode == "full" else "summary"
+    if out == "table":
+        show(chapters(found, mode), Console())
+        return
+    sys.stdout.write(str(render(found, out, mode)))  # type: ignore[arg-type]
+    sys.stdout.write("" if out in ("csv", "json") else "\n")
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line per workload, on stderr, so that stdout stays the report."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._last = -1
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total)
+        self.tick: Callable[[Workload, int, str], None] = self._draw if console.is_terminal else self._log
+
+    def __enter__(self) -> _Progress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def _draw(self, workload: Workload, index: int, text: str) -> None:
+        self._bar.update(self._task, completed=index, description=f"{_title(workload)}: {text}")
+
+    def _log(self, workload: Workload, index: int, text: str) -> None:
+        if index != self._last:
+            self._last = index
+            elapsed = time.monotonic() - self._started
+            self._console.print(
+                f"[{elapsed:6.1f} s] {index + 1}/{self._total} {_title(workload)}", highlight=False, markup=False
+            )
+
+
+def _title(w: Workload) -> str:
+    batch = "" if w.batch is None else f", batch {w.batch}"
+    return f"{w.kind} N={w.n} K={w.k} {w.format.name}{batch}"

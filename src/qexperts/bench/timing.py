@@ -1,0 +1,98 @@
+"""Timing with cold caches, in interleaved rounds.
+
+Every round runs every candidate once, in an order that rotates, so that a machine that drifts does so for all alike.
+Before each sample the caches are overwritten. GPU samples are device events around the call (launch gaps included,
+as a user meets them); CPU samples are wall-clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = ["CacheFlusher", "Sampler", "host_ms", "percentile", "synchronize"]
+
+_CPU_CACHE_BYTES = 64 * 2**20  # above the last-level cache slice of common server parts
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class CacheFlusher:
+    """Overwrites a buffer larger than the cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = _CPU_CACHE_BYTES
+        if device.type == "cuda":
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(max(size, 2**20), dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
+class Sampler:
+    """Collects samples of several callables in interleaved rounds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = CacheFlusher(device)
+
+    def sample(self, run: Callable[[], object]) -> float:
+        """One cold-cache time in ms."""
+        self._flush()
+        if self._device.type != "cuda":
+            synchronize(self._device)
+            start = time.perf_counter_ns()
+            run()
+            synchronize(self._device)
+            return (time.perf_counter_ns() - start) / 1e6
+        start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start_event.record()
+        run()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event)
+
+    def rounds(
+        self,
+        candidates: Sequence[Callable[[], object]],
+        rounds: int,
+        samples: Sequence[list[float]],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Append `rounds` samples of each candidate to its list; what is there stays if this is interrupted."""
+        for run in candidates:
+            run()  # warm: the check was the first call, this one has every buffer in place
+        synchronize(self._device)
+        n = len(candidates)
+        for i in range(rounds):
+            for j in range(n):
+                c = (i + j) % n
+                samples[c].append(self.sample(candidates[c]))
+                tick()
+
+
+def host_ms(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median wall-clock time of host work that ends with whatever synchronisation it contains, in ms."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter_ns()
+        run()
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return statistics.median(times)
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """Linear-interpolated percentile, q in 0..100; q=50 is the median."""
+    ordered = sorted(samples)
+    position = (len(ordered) - 1) * q / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

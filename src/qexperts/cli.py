@@ -1,0 +1,137 @@
+"""The command line: argument parsing only. Every option error is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(f"qexperts: the command line needs {error.name}; install the bench extra: pip install 'qexperts[bench]'")
+
+from ._version import __version__
+from .bench import compare as comparing
+from .bench import doctor as doctoring
+from .bench import records, report
+from .bench.run import BenchOptions, prepare
+from .bench.session import bench_session
+
+OUT = click.Choice(["table", "md", "csv", "json"])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qexperts")
+def cli() -> None:
+    """Quantized Mixture-of-Experts GEMMs: how to run them fastest on this machine, by measurement."""
+
+
+@cli.group()
+def bench() -> None:
+    """Measure on a token distribution, with ceilings measured on the spot."""
+
+
+def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that prefill and decode have in common."""
+    options = [
+        click.option("--experts", type=int, help="Number of experts; the distribution is resampled to it."),
+        click.option("--n", type=int, help="Outputs of the projection. Default: both recorded projections."),
+        click.option("--k", type=int, help="Contraction of the projection."),
+        click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale."),
+        click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
+        click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
+        click.option("--provider", type=click.Choice(["torch", "fused", "all"]), default="all", show_default=True),
+        click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True,
+                     help="One row per format at its best, or every configuration."),
+        click.option("--api", default=None, help="Comma list of raw (launchers on preallocated buffers) and wrapper "
+                     "(planning, binding and the public call inside the clock)."),
+        click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
+        click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
+                     help="Of the activations."),
+        click.option("--rounds", type=int, help="Samples of each configuration.  [default: 20, on a CPU 5]"),
+        click.option("--out", type=OUT, default="table", show_default=True),
+        click.option("--save", metavar="FILE.jsonl", help="Append each record as soon as it is measured."),
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@bench.command()
+@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, zipf[:S], "
+              "log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
+@click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
+@click.option("--top-k", type=int, default=8, show_default=True,
+              help="Synthetic distributions: no expert gets more than tokens / top-k rows.")  # fmt: skip
+@click.option("--thresholds", help="Comma list for pad_and_clip.  [default: 64,128,256,512,1024]")
+@click.option("--plot", metavar="DIR", help="Write PNG plots.")
+@_shared
+def prefill(out: str, **options: Any) -> None:
+    """Strategies on many, unevenly spread rows per expert.
+
+    Without any size option a CPU measures a scaled preset, and says so.
+    """
+    options["api"] = options["api"] or "raw"
+    sys.exit(bench_session(prepare(BenchOptions("prefill", **options)), out))
+
+
+@bench.command()
+@click.option("--batch-sizes", default="1,8,32", show_default=True, help="Tokens per step, a comma list.")
+@click.option("--top-k", type=int, default=8, show_default=True, help="Experts per token.")
+@_shared
+def decode(out: str, **options: Any) -> None:
+    """One token per sequence: few rows per expert, bound by reading weights."""
+    options["api"] = options["api"] or "raw,wrapper"
+    sys.exit(bench_session(prepare(BenchOptions("decode", **options)), out))
+
+
+@cli.command()
+@click.argument("a", metavar="A.jsonl")
+@click.argument("b", metavar="B.jsonl")
+@click.option("--threshold", type=float, default=0.05, show_default=True, help="Relative slowdown that fails.")
+@click.option("--out", type=click.Choice(["table", "md"]), default="table", show_default=True)
+def compare(a: str, b: str, threshold: float, out: str) -> None:
+    """Compare two runs; exit 1 if anything in B is slower than in A beyond the threshold."""
+    comparison = comparing.compare(records.load_records(a), records.load_records(b), threshold)
+    if out == "md":
+        click.echo(comparing.render(comparison, "md"))
+    else:
+        report.show([comparing.chapter(comparison)], Console())
+    sys.exit(comparison.exit_code)
+
+
+@cli.command()
+@click.option("--group-size", type=int, default=128, show_default=True)
+def formats(group_size: int) -> None:
+    """The weight formats: how they are stored and what they cost."""
+    Console().print(doctoring.formats_table(group_size))
+
+
+@cli.command()
+@click.option("--device", help="Measure this device's ceilings; default: the accelerator, if there is one.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
+def doctor(device: str | None, dtype: str) -> None:
+    """What this machine has, how fast it is, and which backend can run what."""
+    doctoring.doctor(Console(), device, dtype)
+
+
+def main() -> None:
+    """Entry point of the `qexperts` command."""
+    try:
+        cli.main(prog_name="qexperts", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        _fail(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
+
+
+def _fail(message: str) -> None:
+    click.echo(f"qexperts: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

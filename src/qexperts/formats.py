@@ -1,0 +1,261 @@
+"""Weight formats and the record of a quantized weight. Records only: no arithmetic on values lives here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+__all__ = ["FORMATS", "SCALE_DTYPES", "SCALE_LAYOUTS", "QuantWeight", "WeightFormat", "get_format"]
+
+ScaleLayout = Literal["none", "group", "channel", "tensor", "block128"]
+WeightLayout = Literal["public", "prepared"]
+
+SCALE_LAYOUTS: tuple[str, ...] = ("group", "channel", "tensor", "block128")
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+BLOCK = 128  # of scale_layout "block128": 128 x 128 weights share a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """How the weights of one projection are stored; see `FORMATS`.
+
+        w = (code - zero) * scale
+
+    Attributes:
+        name: key in `FORMATS`.
+        kind: "float" (unquantized), "int" (packed integer codes) or "fp8".
+        bits: bits of one code.
+        asym: integer codes are unsigned and come with zero points.
+        storage: dtype of `QuantWeight.codes`.
+        code_min, code_max: range of integer codes; for fp8 the largest finite magnitude.
+    """
+
+    name: str
+    kind: Literal["float", "int", "fp8"]
+    bits: int
+    asym: bool
+    storage: torch.dtype
+    code_min: int
+    code_max: int
+
+    @property
+    def quantized(self) -> bool:
+        return self.kind != "float"
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Integer codes in one stored element; 1 for every other format."""
+        return 8 // self.bits if self.kind == "int" else 1
+
+    def packed_k(self, k: int) -> int:
+        """Stored elements along k."""
+        return k // self.codes_per_byte
+
+
+def _int(bits: int, asym: bool) -> WeightFormat:
+    lo, hi = (0, 2**bits - 1) if asym else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return WeightFormat(f"int{bits}_{'asym' if asym else 'sym'}", "int", bits, asym, torch.uint8, lo, hi)
+
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
+    {
+        f.name: f
+        for f in (
+            WeightFormat("bf16", "float", 16, False, torch.bfloat16, 0, 0),
+            WeightFormat("fp16", "float", 16, False, torch.float16, 0, 0),
+            *(_int(bits, asym) for bits in (8, 4, 2) for asym in (False, True)),
+            WeightFormat("fp8_e4m3", "fp8", 8, False, torch.float8_e4m3fn, -448, 448),
+            WeightFormat("fp8_e5m2", "fp8", 8, False, torch.float8_e5m2, -57344, 57344),
+        )
+    }
+)
+
+
+def get_format(name: str | WeightFormat) -> WeightFormat:
+    """Look a format up; ValueError lists the known ones."""
+    if isinstance(name, WeightFormat):
+        return name
+    if name not in FORMATS:
+        raise ValueError(f"unknown weight format {name!r}; known formats: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantWeight:
+    """E matrices of logical shape [N, K], stored in one format.
+
+    Attributes:
+        codes: [E, N, K / codes_per_byte]; storage dtype of the format. int4: low nibble = lower k; int2: bits
+            2j, 2j+1 = k 4i+j; int8_sym: the byte reinterpreted as int8. May be a strided view for
+            scale_layout "tensor".
+        scales: fp16, bf16 or fp32, independent of the activations; any sign, zero allowed; None if unquantized.
+            "group" [E, N, K/group_size]; "channel" [E, N, 1]; "tensor" [E];
+            "block128" [E, ceil(N/128), ceil(K/128)].
+        zeros: integers 0..2^bits inclusive in the dtype and shape of scales; asym formats only, else None.
+        format: the `WeightFormat`, or its name.
+        group_size: consecutive k sharing a scale; K for "channel"; None for the layouts without groups.
+        scale_layout: one of `SCALE_LAYOUTS`; "none" if unquantized.
+        weight_layout: "public" (the shapes above) or "prepared" (a backend's own).
+
+    Raises: ValueError if shapes, dtypes, devices or options disagree. Values are not read: no host sync.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+    format: WeightFormat
+    group_size: int | None = None
+    scale_layout: str = "group"
+    weight_layout: str = "public"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", get_format(self.format))
+        if not self.format.quantized:
+            object.__setattr__(self, "scale_layout", "none")
+            object.__setattr__(self, "group_size", None)
+        if self.scale_layout == "channel" and self.codes.ndim == 3:
+            object.__setattr__(self, "group_size", self.K)
+        _check(self)
+
+    @property
+    def E(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def N(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def K(self) -> int:
+        return self.codes.shape[2] * self.format.codes_per_byte
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.zeros) if t is not None)
+
+    def experts(self, start: int, stop: int) -> QuantWeight:
+        """Experts start..stop-1 as a view of this weight."""
+        return self._map(lambda t: t[start:stop])
+
+    def select(self, experts: torch.Tensor) -> QuantWeight:
+        """A copy of the listed experts (with repeats); experts: [B] int32 or int64 on the weight's device."""
+        return self._map(lambda t: index_experts(t, experts))
+
+    def with_tensors(self, *tensors: torch.Tensor) -> QuantWeight:
+        """The same kind of weight over other tensors: codes, then scales and zeros as far as this weight has them."""
+        it = iter(tensors)
+        return self._map(lambda t: next(it))
+
+    def to(self, device: torch.device | str) -> QuantWeight:
+        """The same weight on another device; dtypes stay as they are."""
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> QuantWeight:
+        """Apply fn to every tensor. The result has the same N and K, so it needs no second check."""
+        new = object.__new__(QuantWeight)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(new, field.name, fn(value) if isinstance(value, torch.Tensor) else value)
+        return new
+
+    def __repr__(self) -> str:
+        scales = "none" if self.scales is None else f"{str(self.scales.dtype).removeprefix('torch.')}"
+        group = f", group_size={self.group_size}" if self.scale_layout == "group" else ""
+        return (
+            f"QuantWeight({self.format.name}, E={self.E}, N={self.N}, K={self.K}, scales={self.scale_layout} {scales}"
+            f"{group}, layout={self.weight_layout}, device={self.device})"
+        )
+
+
+def index_experts(t: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """index_select over dim 0 that also takes float8, which torch indexes on no device as such."""
+    if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return t.view(torch.uint8).index_select(0, experts).view(t.dtype)
+    return t.index_select(0, experts)
+
+
+def scales_shape(layout: str, e: int, n: int, k: int, group_size: int | None) -> tuple[int, ...]:
+    """Shape of scales (and zeros) for E matrices [N, K]."""
+    if layout == "tensor":
+        return (e,)
+    if layout == "block128":
+        return (e, -(-n // BLOCK), -(-k // BLOCK))
+    return (e, n, 1 if layout == "channel" else k // (group_size or k))
+
+
+def check_group_size(where: str, fmt: WeightFormat, k: int, group_size: int | None) -> None:
+    """Raise ValueError unless group_size divides K into whole bytes of codes."""
+    unit = fmt.codes_per_byte
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+        raise ValueError(f"{where}: group_size is {group_size!r}; expected a positive integer that divides K={k}.")
+    if k % group_size:
+        raise ValueError(f"{where}: K={k} is not a multiple of group_size={group_size}; use a divisor of K, or K.")
+    if group_size % unit:
+        raise ValueError(
+            f"{where}: group_size={group_size}; {fmt.name} packs {unit} codes a byte, so a group must be a multiple "
+            f"of {unit}."
+        )
+
+
+def check_sizes(where: str, fmt: WeightFormat, n: int, k: int) -> None:
+    """Raise ValueError for N or K that no backend can take."""
+    if n < 16 or n % 16:
+        raise ValueError(f"{where}: N={n}; N must be a positive multiple of 16. Pad the weight's output rows.")
+    if k < 1 or k % fmt.codes_per_byte:
+        raise ValueError(f"{where}: K={k}; {fmt.name} needs a positive multiple of {fmt.codes_per_byte}.")
+
+
+def _check(w: QuantWeight) -> None:
+    where = f"QuantWeight({w.format.name})"
+    if w.codes.ndim != 3:
+        raise ValueError(f"{where}: codes is {tuple(w.codes.shape)}; expected [E, N, K / {w.format.codes_per_byte}].")
+    if w.codes.dtype != w.format.storage:
+        raise ValueError(f"{where}: codes is {w.codes.dtype}; expected {w.format.storage}.")
+    if w.weight_layout not in ("public", "prepared"):
+        raise ValueError(f"{where}: weight_layout is {w.weight_layout!r}; expected 'public' or 'prepared'.")
+    if w.E < 1:
+        raise ValueError(f"{where}: codes has no experts; expected [E, N, K] with E >= 1.")
+    check_sizes(where, w.format, w.N, w.K)
+    if not w.format.quantized:
+        if w.scales is not None or w.zeros is not None:
+            raise ValueError(f"{where}: scales and zeros must be None for an unquantized format.")
+        return
+    if w.scale_layout not in SCALE_LAYOUTS:
+        raise ValueError(f"{where}: scale_layout is {w.scale_layout!r}; expected one of {', '.join(SCALE_LAYOUTS)}.")
+    if w.format.asym and w.scale_layout not in ("group", "channel"):
+        raise ValueError(f"{where}: scale_layout {w.scale_layout!r} has no zero points; use a symmetric format.")
+    if w.scale_layout in ("group", "channel"):
+        check_group_size(where, w.format, w.K, w.group_size)
+    elif w.group_size is not None:
+        raise ValueError(f"{where}: group_size is {w.group_size}; scale_layout {w.scale_layout!r} takes None.")
+    _check_parameter(where, w, "scales", w.scales, SCALE_DTYPES)
+    if w.format.asym:
+        _check_parameter(where, w, "zeros", w.zeros, (w.scales.dtype,) if w.scales is not None else SCALE_DTYPES)
+    elif w.zeros is not None:
+        raise ValueError(f"{where}: zeros given; a symmetric or fp8 format has none. Drop them or use an asym format.")
+
+
+def _check_parameter(
+    where: str, w: QuantWeight, name: str, t: torch.Tensor | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if t is None:
+        raise ValueError(f"{where}: {name} missing; the format needs them.")
+    if t.dtype not in dtypes:
+        raise ValueError(f"{where}: {name} is {t.dtype}; expected {' or '.join(map(str, dtypes))}.")
+    shape = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)
+    if tuple(t.shape) != shape:
+        raise ValueError(
+            f"{where}: {name} is {tuple(t.shape)}; expected {shape} for scale_layout={w.scale_layout!r}, E={w.E}, "
+            f"N={w.N}, K={w.K}, group_size={w.group_size}."
+        )
+    if t.device != w.codes.device:
+        raise ValueError(f"{where}: {name} is on {t.device}, codes on {w.codes.device}; put them on one device.")

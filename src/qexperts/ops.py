@@ -1,0 +1,390 @@
+"""The public operations: check the arguments once, select a backend, run."""
+
+from __future__ import annotations
+
+import torch
+
+from .backends import Backend, Problem, select
+from .formats import FORMATS, QuantWeight
+from .plan import TokenPlan, check_tokens
+from .workspace import clear_workspaces
+
+__all__ = [
+    "check_tokens",
+    "clear_moe_prefill_workspace_cache",
+    "grouped_gemm",
+    "moe",
+    "moe_gemm",
+    "moe_gemm_decode",
+    "moe_gemm_prefill",
+]
+
+_FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+_FLOAT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    weight: QuantWeight,
+    plan: TokenPlan,
+    *,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Multiply each row by the weight of its expert.
+
+        y[r] = x[r] @ dequantize(weight)[expert(r)].T        r = 0..S-1
+
+    Args:
+        x: [S, K]; bf16 or fp16, on the CPU also fp32; rows sorted by expert; any row stride.
+        weight: E matrices of logical shape [N, K], any format, scale layout and scale dtype.
+        plan: S rows over E experts, on the device of x.
+        out: [S, N]; dtype of x; every element is written. Not with gradients.
+        backend: "auto" or a name from `qexperts.backends.BACKENDS`.
+    Returns: [S, N]; dtype of x; fp32 accumulation, rounded once; 0 in rows that belong to no expert.
+    Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
+
+    Differentiable with respect to x; asking for a gradient of the weight raises ValueError. No host
+    synchronisation and safe in a CUDA graph, but for the case the torch backend names in `explain`.
+    """
+    where = "grouped_gemm"
+    x = _check_activations(where, x, weight.K, weight.device)
+    if plan.device != x.device or plan.num_experts != weight.E or plan.total_tokens != x.shape[0]:
+        raise ValueError(
+            f"{where}: plan has {plan.total_tokens} rows over {plan.num_experts} experts on {plan.device}; expected "
+            f"{x.shape[0]} rows over {weight.E} experts on {x.device}, as x and weight have."
+        )
+    if out is not None:
+        _check_out(where, out, x, weight.N)
+    y = _run(where, x, weight, plan, backend)
+    return y if out is None else out.copy_(y)
+
+
+def moe_gemm(
+    activations: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Grouped GEMM on unquantized weights stored [E, K, N].
+
+        y[r] = (x[r] @ w[e(r)]) * scales[e(r)]
+
+    Args:
+        activations: [total_tokens, K]; bf16 or fp16; sorted by expert; any row stride.
+        weights: [E, K, N]; dtype of the activations.
+        num_tokens_per_expert: [E]; int32 (int64 is cast on the device); sums to total_tokens.
+        scales: [E, N]; bf16, fp16 or fp32; multiplies output column n of expert e; default none.
+    Returns: [total_tokens, N]; dtype of the activations; fp32 accumulation.
+    Raises: ValueError for a mismatch; on the CPU also if the counts do not add up.
+
+    Synchronisation, graphs and gradients as `grouped_gemm`.
+    """
+    where = "moe_gemm"
+    _check_3d(where, weights, "[E, K, N]")
+    if weights.dtype != activations.dtype or weights.dtype not in _FLOAT:
+        raise ValueError(
+            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; both must be bf16, or both fp16. "
+            f"Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
+        )
+    x = _check_activations(where, activations, weights.shape[1], weights.device)
+    weight = _weight(where, weights.mT, None, None, _FLOAT[weights.dtype], None)
+    plan = _plan(where, num_tokens_per_expert, x, weight)
+    if scales is None:
+        return _run(where, x, weight, plan)
+    expected = (weight.E, weight.N)
+    if tuple(scales.shape) != expected or scales.dtype not in (*_FLOAT, torch.float32):
+        raise ValueError(
+            f"{where}: scales is {tuple(scales.shape)} {scales.dtype}; expected [E, N] = {expected} in bf16, fp16 or "
+            f"fp32."
+        )
+    _check_device(where, "scales", scales, x.device)
+    _check_no_grad(where, scales=scales)
+    y = _run(where, x, weight, plan)
+    column_scales = scales.index_select(0, plan.row_expert().clamp(max=weight.E - 1))  # [S, N]
+    return (y * column_scales).to(x.dtype)
+
+
+def moe_gemm_decode(
+    activations: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    weight_bits: int = 4,
+    group_size: int = 128,
+    asym: bool = False,
+) -> torch.Tensor:
+    """Grouped GEMM for few rows per expert; right for any counts, meant to be fast at 1-4.
+
+        y[r] = x[r] @ ((codes - zeros) * scales)[e(r)].T
+
+    Args:
+        activations: [total_tokens, K]; bf16 or fp16, on the CPU also fp32; sorted by expert; any row stride.
+        weights: [E, N, K * weight_bits / 8]; uint8; N a multiple of 16. With weight_bits=16: [E, N, K] in the dtype
+            of the activations. float8_e4m3fn or float8_e5m2 [E, N, K]: FP8, whatever weight_bits says.
+        num_tokens_per_expert: [E]; int32 (int64 is cast on the device); sums to total_tokens.
+        scales: [E, N, K / group_size]; dtype of the activations; None for weight_bits=16.
+        zeros: shape and dtype of scales, integers; required if asym, refused otherwise.
+        weight_bits: 2, 4, 8 or 16.
+        group_size: consecutive k that share a scale; divides K.
+        asym: codes are unsigned and come with zeros.
+    Returns: [total_tokens, N]; dtype of the activations; fp32 accumulation, rounded once.
+    Raises: ValueError for any mismatch; on the CPU also for counts that do not add up. On a GPU rows past the sum
+        are written as 0 and nothing is read to check it: see `check_tokens`.
+
+    Synchronisation, graphs and gradients as `grouped_gemm`.
+    """
+    x, weight, plan = _check_packed(
+        "moe_gemm_decode", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
+    )
+    return _run("moe_gemm_decode", x, weight, plan)
+
+
+def moe_gemm_prefill(
+    activations: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    weight_bits: int = 4,
+    group_size: int = 128,
+    asym: bool = False,
+    scale_scheme: str | None = None,
+) -> torch.Tensor:
+    """Grouped GEMM for many, unevenly spread rows per expert.
+
+        y[r] = x[r] @ ((codes - zeros) * scales)[e(r)].T
+
+    Arguments, result, errors and promises as `moe_gemm_decode`, and:
+
+    Args:
+        scale_scheme: None, or "per_tensor": weights are torch.int8, float8_e4m3fn or float8_e5m2 [E, K, N]
+            row-major, scales fp32 [E]; group_size and weight_bits are ignored, zeros and asym refused.
+    """
+    where = "moe_gemm_prefill"
+    if scale_scheme is None:
+        x, weight, plan = _check_packed(
+            where, activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
+        )
+        return _run(where, x, weight, plan)
+    if scale_scheme != "per_tensor":
+        raise ValueError(f"{where}: scale_scheme is {scale_scheme!r}; expected None or 'per_tensor'.")
+    if asym or zeros is not None:
+        raise ValueError(f"{where}: scale_scheme='per_tensor' is symmetric; drop asym and zeros.")
+    _check_3d(where, weights, "[E, K, N]")
+    name = {torch.int8: "int8_sym", **_FP8}.get(weights.dtype)
+    if name is None:
+        raise ValueError(
+            f"{where}: weights is {weights.dtype}; scale_scheme='per_tensor' expected torch.int8, float8_e4m3fn or "
+            f"float8_e5m2 [E, K, N]."
+        )
+    x = _check_activations(where, activations, weights.shape[1], weights.device)
+    if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != (weights.shape[0],):
+        given = "None" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
+        raise ValueError(f"{where}: scales is {given}; scale_scheme='per_tensor' expected ({weights.shape[0]},) fp32.")
+    codes = (weights.view(torch.uint8) if weights.dtype == torch.int8 else weights).mT
+    weight = _weight(where, codes, scales, None, name, None, "tensor")
+    return _run(where, x, weight, _plan(where, num_tokens_per_expert, x, weight))
+
+
+def moe(
+    activations: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    weight_bits: int = 4,
+    group_size: int = 128,
+    asym: bool = False,
+    phase: str = "auto",
+    decode_threshold: int = 4,
+) -> torch.Tensor:
+    """One entry point for prefill and decode; bit-identical to the kernel it dispatches to.
+
+    Arguments, result, errors and promises as `moe_gemm_decode`, and:
+
+    Args:
+        phase: "decode", "prefill", or "auto": decode when every expert has at most decode_threshold rows. Shapes
+            decide first (total_tokens <= threshold is decode, total_tokens > threshold * E prefill). In between, the
+            counts decide on the CPU; on a GPU nothing is read: there the two kernels of the torch backend are
+            bit-identical by construction.
+        decode_threshold: rows per expert, at least 0. (ARK 0.16 compares total rows with 128; this is rows per
+            expert, as ARK's repository has it.)
+    """
+    if phase not in ("auto", "decode", "prefill"):
+        raise ValueError(f"moe: phase is {phase!r}; expected 'auto', 'decode' or 'prefill'.")
+    if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
+        raise ValueError(f"moe: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
+    x, weight, plan = _check_packed(
+        "moe", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
+    )
+    if phase == "auto":
+        phase = _phase(plan, decode_threshold)
+    return _run(f"moe_gemm_{phase}", x, weight, plan)
+
+
+def clear_moe_prefill_workspace_cache() -> None:
+    """Release the scratch memory kept between calls (not that of captured graphs)."""
+    clear_workspaces()
+
+
+def _phase(plan: TokenPlan, threshold: int) -> str:
+    """ "decode" or "prefill". A backend whose phases differ in bits must decide on the device instead."""
+    s, e = plan.total_tokens, plan.num_experts
+    if s <= threshold:
+        return "decode"
+    if s > threshold * e or plan.device.type != "cpu":
+        return "prefill"
+    return "decode" if max(plan.host_counts()) <= threshold else "prefill"
+
+
+def _run(where: str, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backend: str = "auto") -> torch.Tensor:
+    chosen = select(Problem.of(where, x, weight), backend)
+    if not torch.is_grad_enabled():
+        return chosen.run(x, weight, plan, False)
+    _check_no_grad(where, weights=weight.codes, scales=weight.scales, zeros=weight.zeros)
+    if x.requires_grad:
+        return _GroupedGemm.apply(x, chosen, weight, plan)  # type: ignore[no-any-return]
+    return chosen.run(x, weight, plan, False)
+
+
+class _GroupedGemm(torch.autograd.Function):
+    """dx[r] = dy[r] @ dequantize(weight)[expert(r)]: adapters on frozen experts."""
+
+    @staticmethod
+    def forward(ctx, x, backend: Backend, weight: QuantWeight, plan: TokenPlan):  # type: ignore[no-untyped-def]
+        ctx.backend, ctx.weight, ctx.plan = backend, weight, plan
+        return backend.run(x, weight, plan, False)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return ctx.backend.run(dy.contiguous(), ctx.weight, ctx.plan, True), None, None, None
+
+
+def _check_packed(
+    where: str,
+    activations: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    weight_bits: int,
+    group_size: int,
+    asym: bool,
+) -> tuple[torch.Tensor, QuantWeight, TokenPlan]:
+    """Everything the tensor-level calls promise, checked once: ARK's contract, group scales in the activation dtype."""
+    _check_3d(where, weights, "[E, N, K_packed]")
+    name = _format_name(where, activations, weights, weight_bits, asym)
+    fmt = FORMATS[name]
+    x = _check_activations(where, activations, None, weights.device)
+    k = x.shape[1]
+    if weights.dtype != fmt.storage:
+        raise ValueError(f"{where}: weights is {weights.dtype}; weight_bits={weight_bits} expected {fmt.storage}.")
+    if k % fmt.codes_per_byte or weights.shape[2] != fmt.packed_k(k):
+        raise ValueError(
+            f"{where}: weights is {tuple(weights.shape)}; expected [E, N, K / {fmt.codes_per_byte}] with K={k} from "
+            f"activations {tuple(activations.shape)}, weight_bits={fmt.bits}."
+        )
+    for label, t in (("scales", scales), ("zeros", zeros)):
+        if t is not None and fmt.quantized and t.dtype != x.dtype:
+            raise ValueError(
+                f"{where}: {label} is {t.dtype}; expected {x.dtype}, as the activations. Weights with other scales go "
+                f"to grouped_gemm as a QuantWeight."
+            )
+    weight = _weight(where, weights, scales, zeros, name, group_size if fmt.quantized else None)
+    return x, weight, _plan(where, num_tokens_per_expert, x, weight)
+
+
+def _format_name(where: str, activations: torch.Tensor, weights: torch.Tensor, weight_bits: int, asym: bool) -> str:
+    if weights.dtype in _FP8:
+        if asym:
+            raise ValueError(f"{where}: asym=True with {weights.dtype} weights; FP8 has no zero points, drop it.")
+        return _FP8[weights.dtype]
+    if weight_bits not in (2, 4, 8, 16) or isinstance(weight_bits, bool):
+        raise ValueError(f"{where}: weight_bits is {weight_bits!r}; expected 2, 4, 8 or 16.")
+    if weight_bits < 16:
+        return f"int{weight_bits}_{'asym' if asym else 'sym'}"
+    if asym:
+        raise ValueError(f"{where}: asym=True with weight_bits=16; unquantized weights have no zero points, drop it.")
+    if weights.dtype not in _FLOAT or (weights.dtype != activations.dtype and activations.dtype != torch.float32):
+        raise ValueError(
+            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; weight_bits=16 expected bf16 or "
+            f"fp16 weights in the dtype of the activations."
+        )
+    return _FLOAT[weights.dtype]
+
+
+def _check_3d(where: str, weights: torch.Tensor, expected: str) -> None:
+    if weights.ndim != 3 or weights.shape[0] < 1:
+        raise ValueError(f"{where}: weights is {tuple(weights.shape)}; expected {expected} with at least one expert.")
+
+
+def _check_activations(where: str, x: torch.Tensor, k: int | None, device: torch.device) -> torch.Tensor:
+    """[total_tokens, K] in a supported dtype on the device of the weights, with contiguous rows."""
+    allowed = (*_FLOAT, torch.float32) if x.device.type == "cpu" else tuple(_FLOAT)
+    if x.ndim != 2 or x.shape[1] < 1 or (k is not None and x.shape[1] != k):
+        raise ValueError(
+            f"{where}: activations is {tuple(x.shape)}; expected [total_tokens, K]" + (f" with K={k}." if k else ".")
+        )
+    if x.dtype not in allowed:
+        raise ValueError(f"{where}: activations is {x.dtype}; expected bf16 or fp16 (fp32 on the CPU only).")
+    _check_device(where, "weights", x, device, "activations")
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _check_device(where: str, name: str, t: torch.Tensor, device: torch.device, other: str | None = None) -> None:
+    if t.device != device:
+        pair = f"{other} is on {t.device}, {name} on {device}" if other else f"{name} is on {t.device}, not on {device}"
+        raise ValueError(f"{where}: {pair}; put all tensors on one device.")
+
+
+def _check_out(where: str, out: torch.Tensor, x: torch.Tensor, n: int) -> None:
+    if tuple(out.shape) != (x.shape[0], n) or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"{where}: out is {tuple(out.shape)} {out.dtype} on {out.device}; expected {(x.shape[0], n)} {x.dtype} on "
+            f"{x.device}."
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(f"{where}: out= has no gradient; drop it, or call under torch.no_grad().")
+
+
+def _check_no_grad(where: str, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{where}: {name} requires a gradient; experts are frozen, only activations have one. Use "
+                f"{name}.requires_grad_(False), or torch.no_grad()."
+            )
+
+
+def _weight(
+    where: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    name: str,
+    group_size: int | None,
+    scale_layout: str = "group",
+) -> QuantWeight:
+    try:
+        return QuantWeight(codes, scales, zeros, FORMATS[name], group_size, scale_layout)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> TokenPlan:
+    if counts.ndim != 1 or counts.shape[0] != weight.E or counts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{where}: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] = ({weight.E},) "
+            f"int32."
+        )
+    _check_device(where, "num_tokens_per_expert", counts, x.device)
+    try:
+        return TokenPlan.from_counts(counts, x.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

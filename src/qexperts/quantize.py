@@ -1,0 +1,280 @@
+"""Float <-> codes: quantizers, packing and dequantization in plain torch. The numerics of every format live here.
+
+Index glossary: E experts, N outputs, K contraction, G group size, C codes per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .formats import (
+    BLOCK,
+    SCALE_DTYPES,
+    SCALE_LAYOUTS,
+    QuantWeight,
+    WeightFormat,
+    check_group_size,
+    check_sizes,
+    get_format,
+    scales_shape,
+)
+
+__all__ = ["dequantize", "dequantize_into", "dequantize_launches", "pack", "quantize", "unpack"]
+
+# Divisor of each quantizer: the code that the largest magnitude (sym, fp8) or the whole range (asym) maps to.
+_FP8_LIMIT = {"fp8_e4m3": 464.0, "fp8_e5m2": 61440.0}  # the midpoint above the largest finite code
+# Dequantization writes expert by expert chunk: temporaries stay bounded, and on a CPU inside the cache.
+_CHUNK_BYTES = {"cpu": 2**23}
+_CHUNK_BYTES_DEVICE = 2**28
+
+
+def pack(values: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
+    """Pack integer codes into bytes, lowest k in the lowest bits.
+
+    Args:
+        values: [..., K]; any integer dtype; inside the format's code range; K a multiple of the codes per byte.
+    Returns: [..., K / codes_per_byte]; uint8.
+    """
+    fmt = get_format(format)
+    c, mask = fmt.codes_per_byte, (1 << fmt.bits) - 1
+    fields = (values & mask).to(torch.uint8).unflatten(-1, (-1, c))
+    out = fields[..., 0].clone()
+    for j in range(1, c):
+        out |= fields[..., j] << (fmt.bits * j)
+    return out
+
+
+def unpack(codes: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
+    """Inverse of `pack`: [..., K / codes_per_byte] uint8 -> [..., K] int16 inside the code range."""
+    fmt = get_format(format)
+    fields = [_field(codes, fmt, j).to(torch.int16) for j in range(fmt.codes_per_byte)]
+    return fields[0] if len(fields) == 1 else torch.stack(fields, -1).flatten(-2)
+
+
+def _field(codes: torch.Tensor, fmt: WeightFormat, j: int) -> torch.Tensor:
+    """Code j of every byte, as uint8 (asym) or sign-extended int8 (sym)."""
+    high = fmt.bits * (j + 1)
+    if fmt.asym:
+        shifted = codes >> (fmt.bits * j) if j else codes
+        return shifted & ((1 << fmt.bits) - 1) if high < 8 else shifted
+    shifted = (codes << (8 - high) if high < 8 else codes).view(torch.int8)
+    return shifted >> (8 - fmt.bits) if fmt.bits < 8 else shifted
+
+
+def quantize(
+    w: torch.Tensor,
+    format: str | WeightFormat,
+    *,
+    group_size: int = 128,
+    scale_layout: str = "group",
+    scale_dtype: torch.dtype | None = None,
+) -> QuantWeight:
+    """Quantize E matrices by rounding to nearest.
+
+        sym, fp8:  scale = max|w| / q                code = round(w / scale)
+        asym:      scale = (max w - min w) / q       code = round(w / scale) + zero,  zero = round(-min w / scale)
+
+    with q = 127, 7, 2 (int8, int4, int2 sym), 2^bits - 1 (asym, over a range widened to contain 0, so that groups
+    of one sign keep their values), 448 and 57344 (fp8). Codes are computed from the scale as stored and saturate;
+    a scale that underflows is raised to the smallest one that keeps the codes in range; an all-zero group stores
+    scale 1 and codes 0.
+
+    Args:
+        w: [E, N, K]; fp32, bf16 or fp16; finite; any device.
+        group_size: consecutive k that share a scale; divides K. Ignored unless scale_layout is "group".
+        scale_layout: "group", "channel", "tensor" or "block128"; the last two for symmetric and fp8 formats.
+        scale_dtype: fp16, bf16 or fp32; default the dtype of w.
+    Returns: a `QuantWeight` in the public layout, on the device of w. "bf16" and "fp16" only cast.
+    Raises: ValueError for sizes or options that do not fit, NaN or Inf (naming the expert), overflowing scales.
+
+    Works expert by expert: the extra memory is a few fp32 copies of one [N, K] matrix. Synchronises.
+    """
+    fmt = get_format(format)
+    where = f"quantize({fmt.name})"
+    if w.ndim != 3 or w.dtype not in SCALE_DTYPES:
+        raise ValueError(f"{where}: w is {tuple(w.shape)} {w.dtype}; expected [E, N, K] in fp32, bf16 or fp16.")
+    e, n, k = w.shape
+    check_sizes(where, fmt, n, k)
+    codes = torch.empty((e, n, fmt.packed_k(k)), dtype=fmt.storage, device=w.device)
+    if not fmt.quantized:
+        for i in range(e):
+            codes[i] = _finite(where, w[i], i)
+        return QuantWeight(codes, None, None, fmt)
+    group = {"group": group_size, "channel": k}.get(scale_layout)
+    scale_dtype = w.dtype if scale_dtype is None else scale_dtype
+    _check_options(where, fmt, k, group, scale_layout, scale_dtype)
+    shape = scales_shape(scale_layout, e, n, k, group)
+    scales = torch.empty(shape, dtype=scale_dtype, device=w.device)
+    zeros = torch.empty_like(scales) if fmt.asym else None
+    for i in range(e):
+        blocks = _to_blocks(_finite(where, w[i], i).float(), scale_layout, group)  # [n1, n2, k1, k2]
+        code, scale, zero = _quantize_blocks(blocks, fmt, scale_dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"{where}: expert {i}: a scale overflows {scale_dtype}; pass scale_dtype=torch.float32.")
+        code = code.flatten(2, 3).flatten(0, 1)[:n, :k]  # block128 pads ragged edges
+        codes[i] = code if fmt.kind == "fp8" else pack(code, fmt)
+        scales[i] = scale.view(shape[1:])
+        if zeros is not None:
+            zeros[i] = zero.view(shape[1:])
+    return QuantWeight(codes, scales, zeros, fmt, group, scale_layout)
+
+
+def _check_options(
+    where: str, fmt: WeightFormat, k: int, group: int | None, scale_layout: str, scale_dtype: torch.dtype
+) -> None:
+    if scale_layout not in SCALE_LAYOUTS:
+        raise ValueError(f"{where}: scale_layout is {scale_layout!r}; expected one of {', '.join(SCALE_LAYOUTS)}.")
+    if fmt.asym and scale_layout not in ("group", "channel"):
+        raise ValueError(f"{where}: scale_layout {scale_layout!r} has no zero points; use a symmetric format.")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"{where}: scale_dtype is {scale_dtype}; expected fp16, bf16 or fp32.")
+    if group is not None:
+        check_group_size(where, fmt, k, group)
+
+
+def _finite(where: str, w: torch.Tensor, expert: int) -> torch.Tensor:
+    if not bool(torch.isfinite(w).all()):
+        bad = int((~torch.isfinite(w)).sum())
+        raise ValueError(f"{where}: expert {expert} has {bad} NaN or Inf weights; every weight must be finite.")
+    return w
+
+
+def _to_blocks(w: torch.Tensor, layout: str, group: int | None) -> torch.Tensor:
+    """[N, K] -> [n1, n2, k1, k2]: block (n1, k1) of n2 x k2 weights shares a scale."""
+    n, k = w.shape
+    if layout == "block128":
+        w = torch.nn.functional.pad(w, (0, -k % BLOCK, 0, -n % BLOCK))
+        return w.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    if layout == "tensor":
+        return w.view(1, n, 1, k)
+    return w.view(n, 1, -1, group or k)
+
+
+def _quantize_blocks(
+    blocks: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[n1, n2, k1, k2] fp32 -> codes of that shape, scale and zero [n1, 1, k1, 1]."""
+    lo = blocks.amin((1, 3), keepdim=True).clamp_(max=0)
+    hi = blocks.amax((1, 3), keepdim=True).clamp_(min=0)
+    if fmt.kind == "fp8":
+        q, limit = float(fmt.code_max), _FP8_LIMIT[fmt.name]
+    else:
+        q = float(fmt.code_max if fmt.asym or fmt.bits > 2 else -fmt.code_min)
+        limit = q + 0.5
+    span = hi - lo if fmt.asym else torch.maximum(hi, -lo)
+    scale = (span / q).to(dtype)
+    scale = torch.where(span == 0, torch.ones_like(scale), _raise_underflow(scale, span, limit))
+    exact = scale.float()
+    if fmt.kind == "fp8":
+        return (blocks / exact).clamp_(-q, q).to(fmt.storage), scale, exact
+    zero = torch.round(-lo / exact).clamp_(fmt.code_min, fmt.code_max) if fmt.asym else torch.zeros_like(exact)
+    code_min = -fmt.code_max if fmt.bits == 8 and not fmt.asym else fmt.code_min  # int8_sym stays within +-127
+    code = (torch.round(blocks / exact) + zero).clamp_(code_min, fmt.code_max)
+    return code.to(torch.int16), scale, zero
+
+
+def _raise_underflow(scale: torch.Tensor, span: torch.Tensor, limit: float) -> torch.Tensor:
+    """Step a stored scale up by one where it is 0 or so coarse that the largest code would leave the range.
+
+    One step is enough: the scale is span / q rounded to nearest, so its successor is above span / q.
+    """
+    bits = scale.view(torch.int32 if scale.dtype == torch.float32 else torch.int16)
+    successor = (bits + 1).view(scale.dtype)
+    return torch.where(span / scale.float() < limit, scale, successor)
+
+
+def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weights a `QuantWeight` stands for, rounded once.
+
+        w = (code - zero) * scale
+
+    Args:
+        dtype: fp16, bf16, fp32 or fp64 (exact); default the dtype of the scales, or of an unquantized weight.
+    Returns: [E, N, K]; contiguous, or strided as the codes are. fp32 scales: the product is rounded to fp32 first.
+    Raises: ValueError if the weight is in a prepared layout.
+
+    No host sync.
+    """
+    if dtype is None:
+        dtype = weight.scales.dtype if weight.scales is not None else weight.codes.dtype
+    out = torch.empty(weight.E, weight.N, weight.K, dtype=dtype, device=weight.device)
+    if _k_is_strided(weight):
+        out = torch.empty(weight.E, weight.K, weight.N, dtype=dtype, device=weight.device).mT
+    return dequantize_into(out, weight)
+
+
+def dequantize_into(out: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
+    """`dequantize` into out: [E, N, K]; any floating dtype; every element is written. Returns out."""
+    if weight.weight_layout != "public":
+        raise ValueError("dequantize: the weight is in a prepared layout; undo the preparation first.")
+    if not weight.format.quantized:
+        return out.copy_(weight.codes)
+    for start, stop in _chunks(weight, out):
+        _dequantize_chunk(out[start:stop], weight.experts(start, stop))
+    return out
+
+
+def dequantize_launches(weight: QuantWeight) -> int:
+    """Device operations that `dequantize_into` issues for this weight (a test counts them)."""
+    if not weight.format.quantized:
+        return 1
+    fmt = weight.format
+    n_chunks = len(list(_chunks(weight, weight.codes)))
+    if fmt.kind == "fp8":
+        per_chunk = 2
+    elif fmt.asym:
+        byte_ops = {8: 0, 4: 2, 2: 6}[fmt.bits]
+        per_chunk = byte_ops + fmt.codes_per_byte + 1
+    else:
+        byte_ops = {8: 0, 4: 3, 2: 7}[fmt.bits]
+        fused = weight.scale_layout != "block128"
+        per_chunk = byte_ops + fmt.codes_per_byte + (0 if fused else 1)
+    return n_chunks * (per_chunk + (2 if weight.scale_layout == "block128" else 0))
+
+
+def _k_is_strided(weight: QuantWeight) -> bool:
+    return weight.codes.stride(-1) != 1 and weight.codes.stride(-2) == 1
+
+
+def _chunks(weight: QuantWeight, like: torch.Tensor) -> Iterator[tuple[int, int]]:
+    limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES_DEVICE)
+    step = max(1, limit // max(1, weight.N * weight.K * 2))
+    for start in range(0, weight.E, step):
+        yield start, min(start + step, weight.E)
+
+
+def _dequantize_chunk(out: torch.Tensor, weight: QuantWeight) -> None:
+    fmt, c = weight.format, weight.format.codes_per_byte
+    assert weight.scales is not None  # a quantized QuantWeight has scales
+    scale, group = _per_group(weight.scales, weight)  # [E, N, K/group, 1]
+    if fmt.kind == "fp8":
+        out.copy_(weight.codes)
+        out.unflatten(2, (-1, group)).mul_(scale)
+        return
+    fuse = not fmt.asym and group % c == 0
+    zero = _per_group(weight.zeros, weight)[0] if weight.zeros is not None else None
+    for j in range(c):
+        field = _field(weight.codes, fmt, j)
+        target = out[..., j::c]
+        if fuse:  # int8 times scale, rounded once into place: one pass
+            torch.mul(field.unflatten(2, (-1, group // c)), scale, out=target.unflatten(2, (-1, group // c)))
+        elif zero is not None:  # at most 9 bits: exact in every dtype
+            torch.sub(field.unflatten(2, (-1, group // c)), zero, out=target.unflatten(2, (-1, group // c)))
+        else:
+            target.copy_(field)
+    if not fuse:
+        out.unflatten(2, (-1, group)).mul_(scale)
+
+
+def _per_group(t: torch.Tensor, weight: QuantWeight) -> tuple[torch.Tensor, int]:
+    """Scales or zeros as [E, N or 1, K/group, 1] and the group they hold for."""
+    if weight.scale_layout == "tensor":
+        return t.view(-1, 1, 1, 1), weight.K
+    if weight.scale_layout == "block128":
+        rows = t.repeat_interleave(BLOCK, 1)[:, : weight.N]
+        if weight.K % BLOCK == 0:
+            return rows.unsqueeze(-1), BLOCK
+        return rows.repeat_interleave(BLOCK, 2)[..., : weight.K].unsqueeze(-1), 1
+    return t.unsqueeze(-1), weight.group_size or weight.K

@@ -1,0 +1,149 @@
+"""Cases and the error rule: used by the tests and by the benchmark's correctness gate.
+
+A result passes when, row by row, its error against the oracle (exact weights, fp64) is no worse than twice that of
+torch in the working dtype on the rounded weights, plus one rounding of the output. These numbers are the only ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from .formats import QuantWeight
+from .plan import TokenPlan
+from .quantize import dequantize, quantize
+from .reference import grouped_gemm_reference
+
+__all__ = ["Case", "ErrorReport", "Inputs", "assert_no_worse", "judge", "make_inputs", "nan_filled", "peer_gemm"]
+
+RMS_FACTOR = 2.0
+MAX_FACTOR = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One multiplication to check, and why it is worth checking.
+
+    Attributes:
+        rows: rows of each expert; E = len(rows).
+        N, K, group_size: sizes; group_size None stands for K.
+        negative_scales: flip the sign of about half the scales (and of the codes' meaning), as real exports have it.
+    """
+
+    rows: tuple[int, ...]
+    N: int
+    K: int
+    format: str
+    group_size: int | None = 128
+    dtype: torch.dtype = torch.bfloat16
+    negative_scales: bool = False
+    why: str = ""
+
+    @property
+    def E(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        rows = ",".join(map(str, self.rows)) if len(self.rows) <= 8 else f"{len(self.rows)} experts"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.format}-{dtype}-N{self.N}-K{self.K}-G{self.group_size or 'K'}-[{rows}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """Tensors of a case, its oracle and its peer: x [S, K], oracle fp64 [S, N], peer [S, N]."""
+
+    x: torch.Tensor
+    weight: QuantWeight
+    counts: torch.Tensor
+    plan: TokenPlan
+    oracle: torch.Tensor
+    peer: torch.Tensor
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+    """Random tensors for a case; the scales are in the activation dtype, as the tensor-level API wants them."""
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(case.rows)
+    x = torch.randn(total, case.K, generator=generator).to(case.dtype)
+    dense = torch.randn(case.E, case.N, case.K, generator=generator).mul_(case.K**-0.5).to(case.dtype)
+    weight = quantize(dense, case.format, group_size=case.group_size or case.K)
+    if case.negative_scales and weight.scales is not None:
+        flip = torch.randint(0, 2, weight.scales.shape, generator=generator).bool()
+        weight.scales[flip] *= -1
+    weight, x = weight.to(device), x.to(device)
+    counts = torch.tensor(case.rows, dtype=torch.int32, device=device)
+    plan = TokenPlan.from_counts(counts, total)
+    oracle = grouped_gemm_reference(x, weight, case.rows)
+    return Inputs(x, weight, counts, plan, oracle, peer_gemm(x, weight, case.rows))
+
+
+def peer_gemm(x: torch.Tensor, weight: QuantWeight, counts: Sequence[int]) -> torch.Tensor:
+    """What torch gives in the working dtype on the rounded weights, one expert at a time: [S, N]."""
+    out = torch.zeros(x.shape[0], weight.N, dtype=x.dtype, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            w = dequantize(weight.experts(expert, expert + 1), x.dtype)[0]
+            out[start : start + count] = x[start : start + count] @ w.T
+        start += count
+    return out
+
+
+def nan_filled(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An output buffer that shows every element nobody wrote."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorReport:
+    """Verdict of the error rule.
+
+    Attributes:
+        ok: whether every row passes.
+        error, error_peer: RMS error over all rows, relative to the oracle's RMS.
+        message: the first failing row and its numbers, or "".
+    """
+
+    ok: bool
+    error: float
+    error_peer: float
+    message: str = ""
+
+
+def judge(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> ErrorReport:
+    """Apply the error rule to [S, N] results. Synchronises."""
+    if actual.shape != oracle.shape or actual.dtype != peer.dtype:
+        shape = f"result is {tuple(actual.shape)} {actual.dtype}; expected {tuple(oracle.shape)} {peer.dtype}"
+        return ErrorReport(False, float("nan"), float("nan"), shape)
+    if oracle.numel() == 0:
+        return ErrorReport(True, 0.0, 0.0)
+    wide = oracle.dtype
+    error, error_peer = actual.to(wide) - oracle, peer.to(wide) - oracle
+    half_ulp = torch.finfo(actual.dtype).eps / 2
+    rms, rms_peer, rms_ref = (t.square().mean(1).sqrt() for t in (error, error_peer, oracle))
+    top, top_peer, top_ref = (t.abs().amax(1) for t in (error, error_peer, oracle))
+    bad = ~(rms <= RMS_FACTOR * rms_peer + half_ulp * rms_ref)  # written so that NaN fails
+    bad |= ~(top <= MAX_FACTOR * top_peer + half_ulp * top_ref)
+    bad |= (top_ref == 0) & (actual != 0).any(1)
+    scale = float(oracle.square().mean().sqrt()) or 1.0
+    total, total_peer = (float(t.square().mean().sqrt()) / scale for t in (error, error_peer))
+    message = ""
+    if bool(bad.any()):
+        r = int(bad.nonzero()[0])
+        message = (
+            f"{int(bad.sum())} of {len(bad)} rows fail, first row {r}: RMS error {float(rms[r]):.3g} (peer "
+            f"{float(rms_peer[r]):.3g}), max {float(top[r]):.3g} (peer {float(top_peer[r]):.3g}), "
+            f"reference RMS {float(rms_ref[r]):.3g}"
+        )
+    return ErrorReport(not message, total, total_peer, message)
+
+
+def assert_no_worse(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> None:
+    """Raise AssertionError unless the result passes the error rule."""
+    report = judge(actual, oracle, peer)
+    if not report.ok:
+        raise AssertionError(report.message)

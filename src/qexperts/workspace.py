@@ -1,0 +1,86 @@
+"""Reusable scratch memory: one byte buffer per (device, stream, thread), grown to the largest need.
+
+A buffer is never shared between streams, nor between host threads: two threads that issue to one stream would
+otherwise overwrite each other's weights between two launches. During CUDA-graph capture memory comes from the
+graph's own pool and is not kept, so replays never touch a buffer that eager calls write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+
+import torch
+
+__all__ = ["Arena", "arena", "clear_workspaces", "is_capturing", "workspace_bytes"]
+
+_ALIGN = 256
+
+
+@dataclasses.dataclass
+class _Kept:
+    buffer: torch.Tensor | None = None
+    high_water: int = 0
+
+
+_lock = threading.Lock()
+_kept: dict[tuple[torch.device, int, int], _Kept] = {}
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` records a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Arena:
+    """Hands out uninitialised tensors front to back; they are valid until the next `arena()` of the same owner.
+
+    What does not fit the kept buffer is allocated on its own, and the buffer is grown to the sum next time.
+    """
+
+    def __init__(self, device: torch.device, kept: _Kept | None) -> None:
+        self._device = device
+        self._kept = kept
+        self.used = 0
+
+    @classmethod
+    def over(cls, buffer: torch.Tensor) -> Arena:
+        """An arena inside a caller's own uint8 buffer."""
+        return cls(buffer.device, _Kept(buffer))
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous, uninitialised tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        start, self.used = self.used, self.used + -(-size // _ALIGN) * _ALIGN
+        if self._kept is not None:
+            self._kept.high_water = max(self._kept.high_water, self.used)
+            buffer = self._kept.buffer
+            if buffer is not None and self.used <= buffer.numel():
+                return buffer[start : start + size].view(dtype).view(shape)
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+
+def arena(device: torch.device) -> Arena:
+    """Scratch memory for one call on the device's current stream. No host sync."""
+    if is_capturing(device):
+        return Arena(device, None)
+    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    with _lock:
+        kept = _kept.setdefault((device, stream, threading.get_ident()), _Kept())
+    if kept.high_water > (0 if kept.buffer is None else kept.buffer.numel()):
+        kept.buffer = None  # free the old one first: the two need not fit side by side
+        kept.buffer = torch.empty(kept.high_water, dtype=torch.uint8, device=device)
+    return Arena(device, kept)
+
+
+def clear_workspaces() -> None:
+    """Release every kept buffer (not those that belong to captured graphs)."""
+    with _lock:
+        _kept.clear()
+
+
+def workspace_bytes() -> int:
+    """Bytes kept right now, over all devices, streams and threads."""
+    with _lock:
+        return sum(k.buffer.numel() for k in _kept.values() if k.buffer is not None)

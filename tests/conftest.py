@@ -1,0 +1,28 @@
+"""What every test shares: deterministic properties, few threads, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomized: a red test is red again. No deadline: the first call of a torch operator pays for its lookup.
+settings.register_profile(
+    "qexperts",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("qexperts")
+
+torch.set_num_threads(1)  # the tests' shapes are too small for more, and pytest-xdist brings its own processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.accelerator.is_available():
+        return
+    skip = pytest.mark.skip(reason="no accelerator on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
