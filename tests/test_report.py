@@ -383,6 +383,14 @@ class TestDecode:
         (table,) = markdown_rows(report.render(records, "md", "full"))
         assert [row["batch"] for row in table] == ["1", "32", "1", "1"]
 
+    def test_a_summary_keeps_formats_together(self) -> None:
+        (table,) = markdown_rows(report.render([self.RECORDS[0], self.RECORDS[2], self.RECORDS[1]], "md", "summary"))
+        assert [(row["format"], row["rows"]) for row in table] == [
+            ("int4_sym", "8"),
+            ("int4_sym", "256"),
+            ("bf16", "8"),
+        ]
+
     def test_kinds_have_captions_of_their_own(self) -> None:
         text = report.render([*INT4, *self.RECORDS], "md", "summary")
         assert [len(table) for table in markdown_rows(text)] == [1, 4]

@@ -22,15 +22,26 @@ from .bench.session import bench_session
 OUT = click.Choice(["table", "md", "csv", "json"])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
 @click.version_option(__version__, prog_name="qexperts")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Quantized Mixture-of-Experts GEMMs: how to run them fastest on this machine, by measurement."""
+    _help_without_command(context)
 
 
-@cli.group()
-def bench() -> None:
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Measure on a token distribution, with ceilings measured on the spot."""
+    _help_without_command(context)
+
+
+def _help_without_command(context: click.Context) -> None:
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _shared(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from qexperts.bench.records import Record
-from qexperts.bench.report import (
+from .records import Record
+from .report import (
     Chapter,
     Column,
     Section,
@@ -22,6 +22,7 @@ from qexperts.bench.report import (
     ms_text,
     newest,
     ratio_text,
+    worth_showing,
 )
 
 if TYPE_CHECKING:
@@ -161,22 +162,20 @@ def _noise(row: Change) -> str | None:
     return "maybe" if row.overlap else "no"
 
 
-def _field(name: str, **options: Any) -> Column:
-    header = {
-        "n": "N",
-        "k": "K",
-        "num_experts": "experts",
-        "total_tokens": "rows",
-        "weight_layout": "layout",
-        "group_size": "group",
-    }
-    return Column(name, header.get(name, name), "", lambda row: getattr(row.a, name, None), **options)
+def _field(name: str, header: str = "", **options: Any) -> Column:
+    return Column(name, header or name, "", lambda row: getattr(row.a, name, None), **options)
 
 
 _COLUMNS = [
     _field("format", justify="left"),
-    *(_field(name, show="varies") for name in ("kind", "distribution", "num_experts", "total_tokens", "n", "k")),
-    *(_field(name, show="varies") for name in ("group_size", "dtype", "seed", "provider", "api", "weight_layout")),
+    *(_field(name, show="varies", justify="left") for name in ("kind", "distribution", "dtype", "provider", "api")),
+    _field("weight_layout", "layout", show="varies", justify="left"),
+    _field("num_experts", "experts", show="varies"),
+    _field("total_tokens", "rows", show="varies"),
+    _field("n", "N", show="varies"),
+    _field("k", "K", show="varies"),
+    _field("group_size", "group", show="varies"),
+    _field("seed", show="varies"),
     _field("scope", justify="left"),
     Column("strategy", "strategy", "", lambda row: label(row.a), justify="left"),
     Column("a_ms", "A", "ms", lambda row: _time(row.a), ms_text),
@@ -195,7 +194,6 @@ def _where(records: Sequence[Record]) -> str:
 def chapter(comparison: Comparison) -> Chapter:
     """The comparison as a table with a caption and notes."""
     rows = comparison.rows
-    shown = [c for c in _COLUMNS if c.show == "always" or len({c.getter(row) for row in rows}) > 1]
     caption = f"A: {_where([row.a for row in rows])}\nB: {_where([row.b for row in rows])}"
     counts = {v: sum(row.verdict == v for row in rows) for v in dict.fromkeys(row.verdict for row in rows)}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -208,7 +206,7 @@ def chapter(comparison: Comparison) -> Chapter:
         notes += [f"only in {name}: {line}" for line in _listed(only)]
     if any(_noise(row) for row in rows):
         notes.append("noise?: maybe, where the p20-p80 ranges of A and B overlap")
-    return Chapter(caption, [Section("B against A", shown, rows)], notes)
+    return Chapter(caption, [Section("B against A", worth_showing(_COLUMNS, rows), rows)], notes)
 
 
 def render(comparison: Comparison, out: str = "table", width: int | None = None, plain: bool = False) -> str | Group:

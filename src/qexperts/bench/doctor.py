@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,11 @@ from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS
 
 __all__ = ["devices", "doctor", "formats_table"]
+
+_FORMAT_COLUMNS = {
+    "format": False, "stored": False, "codes a byte": True, "codes": False, "scales": False, "zeros": False,
+    "bits a weight": True, "of bf16": True,
+}  # fmt: skip
 
 
 def devices() -> list[tuple[str, str]]:
@@ -39,7 +45,7 @@ def doctor(console: Console, device_text: str | None, dtype: str) -> None:
     """Print devices, versions, ceilings, and what each backend answers for each format."""
     device = pick_device(device_text)
     env = environment(device)
-    table = Table("device", "found", title="Devices", title_justify="left")
+    table = Table("device", "found", title="Devices", title_justify="left", box=SIMPLE_HEAD)
     for row in devices():
         table.add_row(*row)
     console.print(table)
@@ -55,19 +61,23 @@ def doctor(console: Console, device_text: str | None, dtype: str) -> None:
 
 
 def _matrix(device: torch.device, dtype: str) -> Table:
+    """Formats with equal answers share a row."""
     n, k = PROJECTIONS[0]
-    table = Table(title=f"What runs on {device}, {dtype} activations, N={n} K={k}, group 128", title_justify="left")
-    for column in ("format", "backend", "prefill (31,440 rows, 256 experts)", "decode (8 rows)"):
-        table.add_column(column, overflow="fold")
-    for fmt in FORMATS.values():
-        for name in BACKENDS:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in BACKENDS:
+        for fmt in FORMATS.values():
             cells = []
-            for rows in (31440, 8):
-                problem = _problem(fmt, device, dtype, rows, n, k)
-                answer = next(a for a in explain(problem) if a.backend == name)
+            for s in (31440, 8):
+                answer = next(a for a in explain(_problem(fmt, device, dtype, s, n, k)) if a.backend == name)
                 sync = " [yellow](host sync)[/]" if answer.syncs else ""
                 cells.append(f"[green]yes[/]: {answer.note}{sync}" if answer.ok else f"[red]no[/]: {answer.reason}")
-            table.add_row(fmt.name, name, *cells)
+            rows.setdefault((name, *cells), []).append(fmt.name)
+    title = f"What runs on {device} with {dtype} activations (N={n} K={k}, group 128, 256 experts)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
+    for column in ("backend", "formats", "prefill, 31,440 rows", "decode, 8 rows"):
+        table.add_column(column, overflow="fold")
+    for (name, *cells), formats in rows.items():
+        table.add_row(name, ", ".join(formats), *cells)
     return table
 
 
@@ -80,24 +90,18 @@ def _problem(fmt: WeightFormat, device: torch.device, dtype: str, rows: int, n: 
 def formats_table(group_size: int) -> Table:
     """The formats of this package, with what a weight costs at a group size (16-bit scales and zeros)."""
     check_group_size("--group-size", FORMATS["int2_sym"], group_size, group_size)
-    table = Table(title=f"Weight formats, group size {group_size}, 16-bit scales", title_justify="left")
-    for column in (
-        "format",
-        "stored",
-        "codes a byte",
-        "code range",
-        "scales",
-        "zero points",
-        "bits a weight",
-        "of bf16",
-    ):
-        table.add_column(column, justify="right" if column in ("bits a weight", "of bf16", "codes a byte") else "left")
+    table = Table(
+        title=f"Weight formats, group size {group_size}, 16-bit scales and zero points", title_justify="left",
+        box=SIMPLE_HEAD,
+    )  # fmt: skip
+    for column, right in _FORMAT_COLUMNS.items():
+        table.add_column(column, justify="right" if right else "left", no_wrap=column in ("format", "stored", "codes"))
     for f in FORMATS.values():
         parameters = 16 * (1 + f.asym) / group_size if f.quantized else 0.0
         bits = f.bits + parameters
         per_byte = f"{f.codes_per_byte}" if f.kind == "int" else "-"
         span = f"{f.code_min}..{f.code_max}" if f.quantized else "-"
         stored = str(f.storage).removeprefix("torch.")
-        table.add_row(f.name, stored, per_byte, span, "per group" if f.quantized else "none",
-                      "per group" if f.asym else "none", f"{bits:.3f}", f"{bits / 16:.1%}")  # fmt: skip
+        table.add_row(f.name, stored, per_byte, span, "yes" if f.quantized else "-",
+                      "yes" if f.asym else "-", f"{bits:.3f}", f"{bits / 16:.1%}")  # fmt: skip
     return table

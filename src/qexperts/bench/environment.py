@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -78,7 +79,13 @@ def _driver(device: torch.device) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package runs from, "+dirty" with local changes; None if it is not a checkout."""
+    """Commit of the checkout this package runs from, "+dirty" with local changes; None if it is not a checkout.
+
+    Where a copy of the sources runs without its .git (a container, a lent machine), QEXPERTS_COMMIT names it.
+    """
+    named = os.environ.get("QEXPERTS_COMMIT")
+    if named:
+        return named
     here = Path(__file__).resolve().parent
     commit = _output(["git", "rev-parse", "--short=12", "HEAD"], here)
     if commit is None or _output(["git", "ls-files", "--error-unmatch", __file__], here) is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexperts.bench.records import Record
-from qexperts.bench.report import caption, fastest, ms_text, newest, paid, time_of
+from .records import Record
+from .report import caption, fastest, ms_text, newest, paid, time_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,13 +100,17 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float, title: str, subtitle: str, top: float = 0.9) -> Figure:
+def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
+    """A figure with `height` inches for the axes, below a title and as many lines as the subtitle takes."""
     from matplotlib.figure import Figure  # pyplot would pick a backend for the whole process
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.005, 0.005, 0.99, top - 0.005))  # type: ignore[union-attr]
-    figure.text(0.012, 1 - 0.16 / height, title, fontsize=14, fontweight="bold", va="top")
-    figure.text(0.012, 1 - 0.46 / height, subtitle, fontsize=9.5, color="#444444", va="top")
+    lines = textwrap.wrap(subtitle, int(width * 13))
+    header = 0.5 + 0.17 * len(lines)
+    total = height + header
+    figure = Figure(figsize=(width, total), layout="constrained")
+    figure.get_layout_engine().set(rect=(0.005, 0.005, 0.99, height / total - 0.005))  # type: ignore[union-attr]
+    figure.text(0.1 / width, 1 - 0.12 / total, title, fontsize=14, fontweight="bold", va="top")
+    figure.text(0.1 / width, 1 - 0.42 / total, "\n".join(lines), fontsize=9.5, color="#444444", va="top")
     return figure
 
 
@@ -144,16 +149,12 @@ def _latency(records: Sequence[Record]) -> Figure:
     formats = {name: part for name, part in _formats(records).items() if any(time_of(r) for r in part)}
     wide = min(3, len(formats))
     tall = math.ceil(len(formats) / wide)
-    first = records[0]
-    height = 1.1 + 2.75 * tall
-    figure = _figure(
-        max(7.5, 4.3 * wide), height, f"Prefill latency against the pad_and_clip threshold, N={first.n} K={first.k}",
-        _wrapped(caption(records), max(7.5, 4.3 * wide)), 1 - 0.9 / height,
-    )  # fmt: skip
+    title = f"Prefill latency against the pad_and_clip threshold, N={records[0].n} K={records[0].k}"
+    figure = _figure(max(7.5, 4.3 * wide), 0.4 + 2.7 * tall, title, caption(records))
     grid = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False).ravel()
     thresholds = sorted({r.threshold for r in records if r.threshold is not None and time_of(r)})
     times = [t for part in formats.values() for r in _drawn(part) if (t := time_of(r))]
-    low, high = min(times) / 1.25, max(times) * 1.25
+    low, high = min(times) / 1.4, max(times) * 1.25
     for i, (axes, (name, part)) in enumerate(zip(grid, formats.items(), strict=False)):
         axes.set(xscale="log", yscale="log", ylim=(low, high))
         axes.set_xlim(thresholds[0] / 1.3, thresholds[-1] * (thresholds[-1] / thresholds[0]) ** 0.75 * 2.2)
@@ -220,12 +221,6 @@ def _latency_panel(axes: Axes, part: Sequence[Record], thresholds: list[int], li
         )  # fmt: skip
 
 
-def _wrapped(text: str, inches: float) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, int(inches * 14.5)))
-
-
 def _strategies(records: Sequence[Record]) -> Figure:
     """Grouped bars per format, one panel with everything inside the clock, one with the weights ready before."""
     formats = _formats(records)
@@ -233,12 +228,9 @@ def _strategies(records: Sequence[Record]) -> Figure:
     ready = {name: [r for r in part if r.scope == "base mm"] for name, part in formats.items()}
     if any(time_of(r) for name, part in ready.items() for r in part if r not in panels[0][1][name]):
         panels.append(("weights dequantized, or gathered, before the clock", ready))
-    first = records[0]
-    width, height = max(8.0, 1.5 + 1.35 * len(formats)), 1.3 + 3.3 * len(panels)
-    figure = _figure(
-        width, height, f"Prefill strategies, N={first.n} K={first.k}", _wrapped(caption(records), width),
-        1 - 0.95 / height,
-    )  # fmt: skip
+    width = max(8.0, 1.5 + 1.35 * len(formats))
+    title = f"Prefill strategies, N={records[0].n} K={records[0].k}"
+    figure = _figure(width, 0.4 + 3.3 * len(panels), title, caption(records))
     grid = figure.subplots(len(panels), 1, squeeze=False, sharey=True).ravel()
     bars = _bars(records)
     for axes, (title, parts) in zip(grid, panels, strict=True):
@@ -308,7 +300,7 @@ def _tokens(distribution: str, counts: Sequence[int], thresholds: Sequence[int])
     facts = (
         f"{len(rows)} experts, {sum(rows):,} rows; {active} active, {len(rows) - active} empty; max {rows[0]:,} rows"
     )
-    figure = _figure(9.5, 5.0, title, facts, 0.86)
+    figure = _figure(9.5, 4.4, title, facts)
     axes = figure.subplots()
     _plain_axes(axes)
     axes.bar(range(active), rows[:active], width=1.0, color=_SKY, edgecolor=_SKY, linewidth=0.3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -113,21 +114,29 @@ class Record:
 
     def workload_key(self) -> tuple[Any, ...]:
         """What was multiplied, apart from the format."""
-        return (self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.dtype, self.device)
+        return (
+            self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.group_size, self.dtype,
+            self.seed, self.batch, self.top_k, self.device,
+        )  # fmt: skip
 
     def config_key(self) -> tuple[Any, ...]:
         """Identity across runs: what `compare` matches on (not device, versions or time)."""
         return (
             self.kind, self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
-            self.graph, self.api, self.weight_layout,
+            self.graph, self.api, self.weight_layout, self.batch, self.top_k,
         )  # fmt: skip
 
     def is_baseline(self) -> bool:
         return self.strategy == "per_expert" and not self.graph
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        """One line of strict JSON; an error that is not a number becomes null, the status says the rest."""
+        fields = dataclasses.asdict(self)
+        for name in ("error", "error_peer"):
+            if fields[name] is not None and not math.isfinite(fields[name]):
+                fields[name] = None
+        return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
 _FIELDS = {f.name for f in dataclasses.fields(Record)}
@@ -163,7 +172,9 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._file: IO[str] | None = open(path, "a", encoding="utf-8") if path is not None else None
+        self._file: IO[str] | None = None
+        if path is not None:
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run, see close()
 
     def write(self, records: Iterable[Record]) -> None:
         if self._file is None:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from qexperts.bench.records import Record
+from .records import Record
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -161,10 +161,6 @@ def _field(name: str) -> Callable[[Row], Any]:
     return lambda row: getattr(row.record, name, None)
 
 
-def _headroom(row: Row) -> float | None:
-    return 1 / row.record.roofline if time_of(row.record) and row.record.roofline else None
-
-
 def _launches_saved(row: Row) -> str | None:
     ours, base = row.record.launches, row.baseline and row.baseline.launches
     return None if ours is None else f"{ours:,}" if base in (None, ours) else f"{base:,}→{ours:,}"
@@ -174,12 +170,17 @@ def _clip(row: Row) -> str | None:
     return f"{ms_text(ms)} ({row.clip.threshold})" if row.clip and (ms := time_of(row.clip)) else None
 
 
+def _ready(row: Row) -> str | None:
+    return label(row.ready) if row.ready else None
+
+
 def _mark(row: Row) -> str:
     return "bad" if row.record.status == "WRONG" else "best" if row.best else ""
 
 
-def _label_of(name: str) -> Callable[[Row], Any]:
-    return lambda row: label(other) if (other := getattr(row, name)) is not None else None
+def _unless_batch(row: Row) -> str | None:
+    """A decode distribution is named after its batch, which has a column of its own."""
+    return row.record.distribution if getattr(row.record, "batch", None) is None else None
 
 
 _WORKLOAD = [
@@ -233,14 +234,15 @@ _SUMMARY = [
     Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
     _VERSUS,
     Column("clip", "pad_and_clip\nbest (at)", "ms", _clip, show="any"),
-    Column("ready_strategy", "best, weights\nready before", "", _label_of("ready"), str, "left", "any"),
+    Column("ready_strategy", "best, weights\nready before", "", _ready, str, "left", "any"),
     Column("ready_ms", "ready", "ms", lambda row: time_of(row.ready), ms_text, show="any"),
     *_RATES,
     Column("floor_ms", "floor", "ms", _timed("floor_ms"), ms_text, drop=2),
     _ROOFLINE,
-    Column("headroom", "could\ngain", "", _headroom, ratio_text, drop=1),
+    Column("headroom", "could\ngain", "", _timed("roofline"), lambda v: ratio_text(1 / v), drop=1),
 ]
 _DECODE = [
+    Column("distribution", "distri-\nbution", "", _unless_batch, str, "left", "varies"),
     Column("batch", "batch", "", _field("batch"), _count, show="any"),
     Column("total_tokens", "rows", "", _field("total_tokens"), _count),
     Column("active_experts", "active\nexperts", "", _field("active_experts"), _count),
@@ -259,7 +261,7 @@ _DECODE_MEASURED = [
 def _all_columns(kind: str, mode: Mode) -> list[Column]:
     if kind == "decode":
         given = {c.name for c in _DECODE}
-        workload = [c for c in _WORKLOAD if c.name not in given | {"max_tokens"}]
+        workload = [c for c in _WORKLOAD if c.name not in given | {"distribution", "max_tokens"}]
         return [*_FORMAT, *_DECODE, *workload, *_WHO, *_STRATEGY, *_DECODE_MEASURED]
     if mode == "summary":
         who = [c for c in _WHO if c.name != "scope"]
@@ -267,7 +269,7 @@ def _all_columns(kind: str, mode: Mode) -> list[Column]:
     return [*_FORMAT, *_WORKLOAD, *_WHO, *_STRATEGY, *_FULL]
 
 
-def _shown(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
+def worth_showing(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
     """Columns worth their width: always, any row has a value, or rows differ."""
     shown = []
     for column in columns:
@@ -279,7 +281,7 @@ def _shown(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
 
 def columns(records: Sequence[Record], mode: Mode) -> list[Column]:
     """The columns a table of these records shows; records are of one kind."""
-    return _shown(_all_columns(records[0].kind, mode), rows(records, mode)) if records else []
+    return worth_showing(_all_columns(records[0].kind, mode), rows(records, mode)) if records else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +340,8 @@ def _summary_rows(records: Sequence[Record]) -> list[Row]:
         part = [_summary_row(g, baselines) for g in _groups(format_group, lambda r: (r.provider, r.weight_layout))]
         best = fastest(row.record for row in part) if len(part) > 1 else None
         found += [dataclasses.replace(row, best=row.record is best) for row in part]
-    return found
+    formats = list(dict.fromkeys(r.format for r in records))
+    return sorted(found, key=lambda row: formats.index(row.record.format))
 
 
 def rows(records: Sequence[Record], mode: Mode) -> list[Row]:
