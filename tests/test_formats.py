@@ -166,9 +166,7 @@ BAD: dict[str, tuple[Callable[[], QuantWeight], str]] = {
         r"int8.*uint8",
     ),
     "fp8 storage": (
-        lambda: QuantWeight(
-            codes(E, N, K, dtype=torch.float8_e5m2), scales(E, N, 4), None, FORMATS["fp8_e4m3"], G
-        ),
+        lambda: QuantWeight(codes(E, N, K, dtype=torch.float8_e5m2), scales(E, N, 4), None, FORMATS["fp8_e4m3"], G),
         r"e5m2.*e4m3",
     ),
     "N": (lambda: QuantWeight(codes(E, 24, 32), scales(E, 24, 4), None, FORMATS["int4_sym"], G), r"24.*16"),
@@ -207,9 +205,7 @@ BAD: dict[str, tuple[Callable[[], QuantWeight], str]] = {
         r"zeros",
     ),
     "zeros of fp8": (
-        lambda: QuantWeight(
-            codes(E, N, K, dtype=torch.float8_e4m3fn), scales(E, N, 4), ZEROS, FORMATS["fp8_e4m3"], G
-        ),
+        lambda: QuantWeight(codes(E, N, K, dtype=torch.float8_e4m3fn), scales(E, N, 4), ZEROS, FORMATS["fp8_e4m3"], G),
         r"zeros",
     ),
     "zeros' shape": (

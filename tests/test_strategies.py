@@ -98,6 +98,14 @@ def test_awkward_plans(strategy: Strategy, rows: tuple[int, ...]) -> None:
         assert_no_worse(run(provider, strategy, inputs), inputs.oracle, inputs.peer)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("fmt", ["int4_sym", "int2_asym", "fp8_e4m3", "bf16"])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_k_that_is_no_multiple_of_eight(strategy: Strategy, fmt: str, provider: str) -> None:
+    inputs = make_inputs(dataclasses.replace(CASE, format=fmt, K=36, group_size=12))
+    assert_no_worse(run(provider, strategy, inputs), inputs.oracle, inputs.peer)
+
+
 @settings(max_examples=25)
 @given(
     rows=st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 16, 33]), min_size=1, max_size=10),
@@ -132,13 +140,13 @@ RECORDED = [
 @pytest.fixture(scope="module")
 def workload() -> tuple[tuple[int, ...], torch.Tensor, QuantWeight, TokenPlan]:
     """The recorded counts, unscaled, on tiny matrices."""
-    counts = recorded().num_tokens_per_expert
+    counts = recorded().counts
     assert len(counts) == 256 and sum(counts) == 31440 and max(counts) == 2491
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(counts), 16, generator=generator).to(torch.bfloat16)
     w = torch.randn(len(counts), 16, 16, generator=generator).to(torch.bfloat16)
     plan = TokenPlan.from_counts(torch.tensor(counts, dtype=torch.int32), sum(counts))
-    return tuple(counts), x, quantize(w, "int4_sym", group_size=16), plan
+    return counts, x, quantize(w, "int4_sym", group_size=16), plan
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

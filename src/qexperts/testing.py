@@ -1,7 +1,8 @@
 """Cases and the error rule: used by the tests and by the benchmark's correctness gate.
 
 A result passes when, row by row, its error against the oracle (exact weights, fp64) is no worse than twice that of
-torch in the working dtype on the rounded weights, plus one rounding of the output. These numbers are the only ones.
+torch in the working dtype on the rounded weights, plus one rounding of the output and what fp32 accumulation in
+another order may cost (nothing in bf16 and fp16; in fp32 all there is). These numbers are the only ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = ["Case", "ErrorReport", "Inputs", "assert_no_worse", "judge", "make_in
 
 RMS_FACTOR = 2.0
 MAX_FACTOR = 4.0
+ACCUMULATION = 2.0**-24  # one fp32 rounding; k of them add up to about sqrt(k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +116,8 @@ class ErrorReport:
     message: str = ""
 
 
-def judge(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> ErrorReport:
-    """Apply the error rule to [S, N] results. Synchronises."""
+def judge(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor, k: int = 1) -> ErrorReport:
+    """Apply the error rule to [S, N] results; k is the length of the contraction. Synchronises."""
     if actual.shape != oracle.shape or actual.dtype != peer.dtype:
         shape = f"result is {tuple(actual.shape)} {actual.dtype}; expected {tuple(oracle.shape)} {peer.dtype}"
         return ErrorReport(False, float("nan"), float("nan"), shape)
@@ -123,11 +125,11 @@ def judge(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> Err
         return ErrorReport(True, 0.0, 0.0)
     wide = oracle.dtype
     error, error_peer = actual.to(wide) - oracle, peer.to(wide) - oracle
-    half_ulp = torch.finfo(actual.dtype).eps / 2
+    rounding = torch.finfo(actual.dtype).eps / 2 + ACCUMULATION * k**0.5
     rms, rms_peer, rms_ref = (t.square().mean(1).sqrt() for t in (error, error_peer, oracle))
     top, top_peer, top_ref = (t.abs().amax(1) for t in (error, error_peer, oracle))
-    bad = ~(rms <= RMS_FACTOR * rms_peer + half_ulp * rms_ref)  # written so that NaN fails
-    bad |= ~(top <= MAX_FACTOR * top_peer + half_ulp * top_ref)
+    bad = ~(rms <= RMS_FACTOR * rms_peer + rounding * rms_ref)  # written so that NaN fails
+    bad |= ~(top <= MAX_FACTOR * top_peer + rounding * top_ref)
     bad |= (top_ref == 0) & (actual != 0).any(1)
     scale = float(oracle.square().mean().sqrt()) or 1.0
     total, total_peer = (float(t.square().mean().sqrt()) / scale for t in (error, error_peer))
@@ -142,8 +144,8 @@ def judge(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> Err
     return ErrorReport(not message, total, total_peer, message)
 
 
-def assert_no_worse(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor) -> None:
-    """Raise AssertionError unless the result passes the error rule."""
-    report = judge(actual, oracle, peer)
+def assert_no_worse(actual: torch.Tensor, oracle: torch.Tensor, peer: torch.Tensor, k: int = 1) -> None:
+    """Raise AssertionError unless the result passes the error rule (see `judge`)."""
+    report = judge(actual, oracle, peer, k)
     if not report.ok:
         raise AssertionError(report.message)

@@ -17,10 +17,7 @@ from .workloads import DTYPES, PROJECTIONS
 
 __all__ = ["devices", "doctor", "formats_table"]
 
-_FORMAT_COLUMNS = {
-    "format": False, "stored": False, "codes a byte": True, "codes": False, "scales": False, "zeros": False,
-    "bits a weight": True, "of bf16": True,
-}  # fmt: skip
+_FORMAT_COLUMNS = ("format", "stored", "codes", "scales", "zeros", "bits/weight", "of bf16")
 
 
 def devices() -> list[tuple[str, str]]:
@@ -94,14 +91,12 @@ def formats_table(group_size: int) -> Table:
         title=f"Weight formats, group size {group_size}, 16-bit scales and zero points", title_justify="left",
         box=SIMPLE_HEAD,
     )  # fmt: skip
-    for column, right in _FORMAT_COLUMNS.items():
-        table.add_column(column, justify="right" if right else "left", no_wrap=column in ("format", "stored", "codes"))
+    for column in _FORMAT_COLUMNS:
+        table.add_column(column, justify="right" if column in ("bits/weight", "of bf16") else "left", no_wrap=True)
     for f in FORMATS.values():
-        parameters = 16 * (1 + f.asym) / group_size if f.quantized else 0.0
-        bits = f.bits + parameters
-        per_byte = f"{f.codes_per_byte}" if f.kind == "int" else "-"
-        span = f"{f.code_min}..{f.code_max}" if f.quantized else "-"
-        stored = str(f.storage).removeprefix("torch.")
-        table.add_row(f.name, stored, per_byte, span, "yes" if f.quantized else "-",
-                      "yes" if f.asym else "-", f"{bits:.3f}", f"{bits / 16:.1%}")  # fmt: skip
+        bits = f.bits + (16 * (1 + f.asym) / group_size if f.quantized else 0.0)
+        stored = str(f.storage).removeprefix("torch.") + (f", {f.codes_per_byte} a byte" if f.kind == "int" else "")
+        codes = f"{f.code_min}..{f.code_max}" if f.quantized else "-"
+        has = ("yes" if f.quantized else "-", "yes" if f.asym else "-")
+        table.add_row(f.name, stored, codes, *has, f"{bits:.3f}", f"{bits / 16:.1%}")
     return table

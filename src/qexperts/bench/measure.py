@@ -178,14 +178,14 @@ def _check(bound: Bound, t: Tensors, space: _SharedScratch) -> tuple[ErrorReport
     device = t.x.device
     space.poison()
     if device.type != "cuda":
-        return judge(bound.run(), t.oracle, t.peer), None
+        return judge(bound.run(), t.oracle, t.peer, t.x.shape[1]), None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     y = bound.run()
     torch.cuda.synchronize(device)
     transient = torch.cuda.max_memory_allocated(device) - before
-    return judge(y, t.oracle, t.peer), transient
+    return judge(y, t.oracle, t.peer, t.x.shape[1]), transient
 
 
 def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:

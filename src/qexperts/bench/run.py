@@ -29,7 +29,7 @@ ROUNDS_DEVICE = 20
 SYNTHETIC = ("even", "zipf", "log-normal", "lognormal")
 # What a CPU measures when no size is asked for. The ratio of rows to experts, and with it the thresholds, is a
 # quarter of the recorded one.
-CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64, 256)
+CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64)
 DECODE_EXPERTS = 192
 
 

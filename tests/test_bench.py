@@ -1,0 +1,165 @@
+"""The benchmark's own machinery: candidates, the correctness gate, counting, timing, rooflines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from qexperts import FORMATS
+from qexperts.bench import measure, providers
+from qexperts.bench.measure import measure_workload
+from qexperts.bench.providers import Binder, Candidate, enumerate_candidates
+from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
+from qexperts.bench.timing import Sampler, percentile
+from qexperts.bench.workloads import Tensors, Workload, decode_distribution
+from qexperts.routing import Distribution
+from qexperts.strategies import Strategy, parse_strategy
+
+CPU = torch.device("cpu")
+ENV: dict[str, str | None] = {"device": "test", "device_type": "cpu"}
+CEILINGS = Ceilings(1.0, 100.0)
+STRATEGIES = [
+    *parse_strategy("per_expert"),
+    *parse_strategy("pad_and_clip", (2, 4)),
+    Strategy("full_pad"),
+    Strategy("grouped"),
+]
+
+
+def workload(fmt: str = "int4_sym", **changes: object) -> Workload:
+    distribution = Distribution("test", (3, 0, 7, 1, 2), "made up")
+    base = Workload("prefill", distribution, 32, 64, 16, FORMATS[fmt], "bf16", 0)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_candidate_passes_the_gate(fmt: str, dtype: str) -> None:
+    if fmt in ("bf16", "fp16") and fmt != dtype:
+        pytest.skip("an unquantized format is measured in its own dtype")
+    w = workload(fmt, dtype=dtype)
+    w.check()
+    candidates = enumerate_candidates(w, CPU, STRATEGIES, ["raw", "wrapper"])
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=2))
+    assert len(records) == len(candidates)
+    assert [r.status for r in records] == ["ok"] * len(candidates), [r.reason for r in records]
+    assert all(len(r.samples_ms) == 2 and r.median_ms > 0 and r.floor_ms > 0 for r in records)
+    assert all(r.plan_ms is not None for r in records if r.strategy != "auto")
+
+
+def test_candidates_cover_the_design() -> None:
+    names = [
+        (c.strategy and str(c.strategy), c.scope, c.gather)
+        for c in enumerate_candidates(workload(), CPU, STRATEGIES, ["raw"])
+    ]
+    assert names[0] == ("per_expert", "base+deq", None)
+    for threshold in (2, 4):
+        assert (f"pad_and_clip({threshold})", "base mm", "before") in names
+        assert (f"pad_and_clip({threshold})", "base mm", "inside") in names
+        assert (f"pad_and_clip({threshold})", "base+deq", "inside") in names
+    assert ("grouped", "base mm", None) in names and ("full_pad", "base+deq", "inside") in names
+    assert {c.scope for c in enumerate_candidates(workload("bf16"), CPU, STRATEGIES, ["raw"])} == {"base mm"}
+    gpu = enumerate_candidates(workload(), torch.device("cuda"), STRATEGIES, ["raw"])
+    assert any(c.graph and c.strategy == Strategy("per_expert") for c in gpu)
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(providers.DenseGemm):
+        def one(self, x, expert, out):  # type: ignore[no-untyped-def]
+            steps = super().one(x, expert, out)
+            return [*steps, dataclasses.replace(steps[0], run=lambda: out[-1].mul_(1.1))]
+
+    class Lazy(providers.DenseGemm):
+        def one(self, x, expert, out):  # type: ignore[no-untyped-def]
+            return [] if expert == 2 else super().one(x, expert, out)
+
+    for broken, message in ((Broken, "rows fail"), (Lazy, "nan")):
+        monkeypatch.setattr(providers, "DenseGemm", broken)
+        candidates = [
+            Candidate(Strategy("per_expert"), "base mm"),
+            Candidate(Strategy("full_pad"), "base mm", "inside"),
+        ]
+        records = list(measure_workload(workload(), candidates, CEILINGS, ENV, CPU, rounds=2))
+        assert [r.status for r in records] == ["WRONG", "ok"]
+        assert records[0].median_ms is None and records[0].samples_ms == [] and message in (records[0].reason or "")
+
+
+def test_interrupt_yields_what_was_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = 0
+
+    def sample(self: Sampler, run: object) -> float:
+        nonlocal samples
+        samples += 1
+        if samples == 4:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(measure.Sampler, "sample", sample)
+    candidates = enumerate_candidates(workload(), CPU, [Strategy("per_expert"), Strategy("grouped")], ["raw"])
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for record in measure_workload(workload(), candidates, CEILINGS, ENV, CPU, rounds=5):
+            found.append(record)
+    assert len(found) == 3 and all(r.samples_ms == [1.0] for r in found)
+
+
+def test_counts_come_from_the_bound_steps() -> None:
+    w = workload()
+    binder = Binder(w, Tensors.make(w, CPU))
+    take = providers.torch_empty(CPU)
+    bound = binder.bind(Candidate(Strategy("pad_and_clip", 3), "base mm", "inside"), take)
+    assert bound.counts["gemm"] == 2  # one batch of experts 0, 3, 4 and expert 2 by itself
+    assert bound.counts["gather"] == 1 and bound.counts["pad"] == 1 and bound.counts["scatter"] == 2
+    assert bound.padded_rows == 3 * 3 - (3 + 1 + 2)
+    assert binder.bind(Candidate(Strategy("pad_and_clip", 3), "base mm", "before"), take).counts["gather"] == 0
+    dry = binder.bind(Candidate(Strategy("full_pad"), "base+deq", "inside"), providers.torch_empty("meta"), dry=True)
+    assert dry.padded_rows == 4 * 7 - 13
+
+
+def test_refusals_name_their_reason() -> None:
+    w = workload(k=20, group_size=4)
+    candidates = [Candidate(Strategy("grouped"), "base+deq"), Candidate(Strategy("per_expert"), "base+deq")]
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [r.status for r in records] == ["unsupported", "ok"]
+    assert "multiple of 8" in (records[0].reason or "") and records[0].median_ms is None
+
+
+def test_mandatory_bytes_count_active_experts_once() -> None:
+    w = workload("int4_asym")
+    t = Tensors.make(w, CPU)
+    per_expert = 32 * 64 // 2 + 2 * 32 * (64 // 16) * 2  # codes, then scales and zeros in bf16
+    assert mandatory_bytes(t.weight, 4, 13, torch.bfloat16) == 4 * per_expert + 13 * (32 + 64) * 2
+
+
+def test_workload_tensors_are_reproducible() -> None:
+    a, b = (Tensors.make(workload(), CPU) for _ in range(2))
+    other = Tensors.make(workload(seed=1), CPU)
+    assert torch.equal(a.x, b.x) and torch.equal(a.weight.codes, b.weight.codes)
+    assert not torch.equal(a.x, other.x)
+
+
+def test_decode_distribution() -> None:
+    d = decode_distribution(16, 4, 32, 0)
+    assert d.total_tokens == 64 and max(d.counts) <= 16 and d == decode_distribution(16, 4, 32, 0)
+    assert decode_distribution(1, 8, 8, 3).counts == (1,) * 8
+
+
+def test_percentile() -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 20) == 2.0
+    assert percentile([7.0], 80) == 7.0
+
+
+def test_rounds_interleave() -> None:
+    order: list[int] = []
+    samples: list[list[float]] = [[], [], []]
+    Sampler(CPU).rounds([lambda i=i: order.append(i) for i in range(3)], 2, samples)
+    assert order == [0, 1, 2, 0, 1, 2, 1, 2, 0]
+    assert [len(s) for s in samples] == [2, 2, 2]
+
+
+def test_ceilings_are_positive() -> None:
+    found = measure_ceilings(CPU, torch.bfloat16)
+    assert found.tflops > 0.001 and found.copy_gbps > 0.1
