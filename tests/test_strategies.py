@@ -175,7 +175,8 @@ def test_launches_and_padding_on_the_recorded_workload(
 
 
 GEMMS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_grouped_mm"}
-ALLOCATIONS = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
+NO_WORK = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
+NO_WORK |= {"aten::detach", "aten::promote_types", "aten::result_type", "aten::can_cast"}
 
 
 class Watch(TorchDispatchMode):
@@ -188,7 +189,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func._schema.name
-        if not func.is_view and name not in ALLOCATIONS and name != "aten::detach":
+        if not func.is_view and name not in NO_WORK:
             self.seen[self.kind, name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -273,16 +274,19 @@ LAYOUTS = [(fmt, "group") for fmt in FORMATS] + [
 ]
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("fmt", "layout"), LAYOUTS)
-def test_launches_of_a_dequantization_are_counted(fmt: str, layout: str, scale_dtype: torch.dtype) -> None:
+def test_launches_of_a_dequantization_are_counted(
+    fmt: str, layout: str, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     w = torch.randn(2, 144, 272, generator=torch.Generator().manual_seed(0))
     weight = quantize(w, fmt, group_size=16, scale_layout=layout, scale_dtype=scale_dtype)
-    out = nan_filled(2, 144, 272, dtype=torch.bfloat16)
+    out = nan_filled(2, 144, 272, dtype=dtype)
     dequantize_into(out, weight)  # whatever happens only once
     with watching() as seen:
         dequantize_into(out, weight)
-    assert sum(seen.seen.values()) == dequantize_launches(weight), dict(seen.seen)
+    assert sum(seen.seen.values()) == dequantize_launches(weight, dtype), dict(seen.seen)
 
 
 def test_nothing_is_read_on_the_host_after_planning() -> None:

@@ -51,10 +51,9 @@ class TokenPlan:
         No host synchronisation; safe in a CUDA graph.
         """
         counts = num_tokens_per_expert
-        if counts.ndim != 1 or counts.dtype not in (torch.int32, torch.int64) or counts.shape[0] < 1:
-            raise ValueError(
-                f"TokenPlan: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] int32."
-            )
+        _check_counts("TokenPlan", counts)
+        if total_tokens < 0:
+            raise ValueError(f"TokenPlan: total_tokens is {total_tokens}; expected at least 0.")
         if counts.device.type == "cpu":
             check_tokens(counts, total_tokens)
         ends = counts.clamp(0, total_tokens).cumsum(0, dtype=torch.int64).clamp_(max=total_tokens)
@@ -106,6 +105,13 @@ class TokenPlan:
         return self.num_tokens_per_expert.tolist()
 
 
+def _check_counts(where: str, counts: torch.Tensor) -> None:
+    if counts.ndim != 1 or counts.dtype not in (torch.int32, torch.int64) or counts.shape[0] < 1:
+        raise ValueError(
+            f"{where}: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] int32, E >= 1."
+        )
+
+
 def check_tokens(num_tokens_per_expert: torch.Tensor, total_tokens: int) -> None:
     """Raise ValueError unless counts are non-negative and sum to total_tokens. Synchronises.
 
@@ -113,6 +119,7 @@ def check_tokens(num_tokens_per_expert: torch.Tensor, total_tokens: int) -> None
         num_tokens_per_expert: [E]; int32 or int64; any device.
         total_tokens: rows of the activations.
     """
+    _check_counts("check_tokens", num_tokens_per_expert)
     counts = num_tokens_per_expert.tolist()
     for expert, count in enumerate(counts):
         if count < 0:

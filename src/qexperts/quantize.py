@@ -36,8 +36,14 @@ def pack(values: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
     Args:
         values: [..., K]; any integer dtype; inside the format's code range; K a multiple of the codes per byte.
     Returns: [..., K / codes_per_byte]; uint8.
+    Raises: ValueError for a format without integer codes, or a K that leaves a byte half full.
     """
-    fmt = get_format(format)
+    fmt = _integer_format("pack", format)
+    if values.ndim < 1 or values.shape[-1] % fmt.codes_per_byte or values.is_floating_point():
+        raise ValueError(
+            f"pack({fmt.name}): values is {tuple(values.shape)} {values.dtype}; expected integers [..., K] with K a "
+            f"multiple of {fmt.codes_per_byte}."
+        )
     c, mask = fmt.codes_per_byte, (1 << fmt.bits) - 1
     fields = (values & mask).to(torch.uint8).unflatten(-1, (-1, c))
     out = fields[..., 0].clone()
@@ -48,9 +54,18 @@ def pack(values: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
 
 def unpack(codes: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
     """Inverse of `pack`: [..., K / codes_per_byte] uint8 -> [..., K] int16 inside the code range."""
-    fmt = get_format(format)
+    fmt = _integer_format("unpack", format)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"unpack({fmt.name}): codes is {codes.dtype}; expected torch.uint8.")
     fields = [_field(codes, fmt, j).to(torch.int16) for j in range(fmt.codes_per_byte)]
     return fields[0] if len(fields) == 1 else torch.stack(fields, -1).flatten(-2)
+
+
+def _integer_format(where: str, format: str | WeightFormat) -> WeightFormat:
+    fmt = get_format(format)
+    if fmt.kind != "int":
+        raise ValueError(f"{where}: {fmt.name} has no integer codes; expected an int8, int4 or int2 format.")
+    return fmt
 
 
 def _field(codes: torch.Tensor, fmt: WeightFormat, j: int) -> torch.Tensor:
@@ -100,7 +115,7 @@ def quantize(
     codes = torch.empty((e, n, fmt.packed_k(k)), dtype=fmt.storage, device=w.device)
     if not fmt.quantized:
         for i in range(e):
-            codes[i] = _finite(where, w[i], i)
+            codes[i] = _finite(where, _finite(where, w[i], i).to(fmt.storage), i)
         return QuantWeight(codes, None, None, fmt)
     group = {"group": group_size, "channel": k}.get(scale_layout)
     scale_dtype = w.dtype if scale_dtype is None else scale_dtype
@@ -137,7 +152,7 @@ def _check_options(
 def _finite(where: str, w: torch.Tensor, expert: int) -> torch.Tensor:
     if not bool(torch.isfinite(w).all()):
         bad = int((~torch.isfinite(w)).sum())
-        raise ValueError(f"{where}: expert {expert} has {bad} NaN or Inf weights; every weight must be finite.")
+        raise ValueError(f"{where}: expert {expert} has {bad} NaN or Inf weights as {w.dtype}; all must be finite.")
     return w
 
 
@@ -163,9 +178,18 @@ def _quantize_blocks(
     else:
         q = float(fmt.code_max if fmt.asym or fmt.bits > 2 else -fmt.code_min)
         limit = q + 0.5
-    span = hi - lo if fmt.asym else torch.maximum(hi, -lo)
-    scale = (span / q).to(dtype)
-    scale = torch.where(span == 0, torch.ones_like(scale), _raise_underflow(scale, span, limit))
+    top = torch.maximum(hi, -lo)
+
+    def over(divisor: torch.Tensor | float) -> torch.Tensor:
+        """What the codes must span, over a divisor; hi - lo itself may exceed fp32."""
+        if not fmt.asym:
+            return top / divisor
+        return torch.where(torch.isfinite(hi - lo), (hi - lo) / divisor, hi / divisor - lo / divisor)
+
+    scale = over(q).to(dtype)
+    successor = _successor(scale)  # enough: the scale is rounded to nearest, so the next one is above the exact value
+    scale = torch.where(over(scale.float()) < limit, scale, successor)
+    scale = torch.where(top == 0, torch.ones_like(scale), scale)
     exact = scale.float()
     if fmt.kind == "fp8":
         return (blocks / exact).clamp_(-q, q).to(fmt.storage), scale, exact
@@ -175,14 +199,9 @@ def _quantize_blocks(
     return code.to(torch.int16), scale, zero
 
 
-def _raise_underflow(scale: torch.Tensor, span: torch.Tensor, limit: float) -> torch.Tensor:
-    """Step a stored scale up by one where it is 0 or so coarse that the largest code would leave the range.
-
-    One step is enough: the scale is span / q rounded to nearest, so its successor is above span / q.
-    """
-    bits = scale.view(torch.int32 if scale.dtype == torch.float32 else torch.int16)
-    successor = (bits + 1).view(scale.dtype)
-    return torch.where(span / scale.float() < limit, scale, successor)
+def _successor(scale: torch.Tensor) -> torch.Tensor:
+    """The next larger value of the dtype, for scales >= 0."""
+    return (scale.view(torch.int32 if scale.dtype == torch.float32 else torch.int16) + 1).view(scale.dtype)
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -216,22 +235,24 @@ def dequantize_into(out: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
     return out
 
 
-def dequantize_launches(weight: QuantWeight) -> int:
-    """Device operations that `dequantize_into` issues for this weight (a test counts them)."""
-    if not weight.format.quantized:
-        return 1
+def dequantize_launches(weight: QuantWeight, dtype: torch.dtype) -> int:
+    """Device operations that `dequantize_into` issues for this weight and an out of dtype (a test counts them)."""
     fmt = weight.format
-    n_chunks = len(list(_chunks(weight, weight.codes)))
+    if not fmt.quantized or weight.scales is None:
+        return 1
+    block = weight.scale_layout == "block128"
+    per_chunk = (2 if weight.K % BLOCK else 1) if block else 0  # spreading the scales
     if fmt.kind == "fp8":
-        per_chunk = 2
+        per_chunk += 2
     elif fmt.asym:
-        byte_ops = {8: 0, 4: 2, 2: 6}[fmt.bits]
-        per_chunk = byte_ops + fmt.codes_per_byte + 1
+        per_chunk += {8: 0, 4: 2, 2: 6}[fmt.bits] + fmt.codes_per_byte + 1
     else:
-        byte_ops = {8: 0, 4: 3, 2: 7}[fmt.bits]
-        fused = weight.scale_layout != "block128"
-        per_chunk = byte_ops + fmt.codes_per_byte + (0 if fused else 1)
-    return n_chunks * (per_chunk + (2 if weight.scale_layout == "block128" else 0))
+        per_chunk += {8: 0, 4: 3, 2: 7}[fmt.bits] + fmt.codes_per_byte
+        if block:
+            per_chunk += 1
+        elif torch.promote_types(weight.scales.dtype, dtype) != weight.scales.dtype:
+            per_chunk += 1  # widening the scales
+    return per_chunk * len(list(_chunks(weight, weight.codes)))
 
 
 def _k_is_strided(weight: QuantWeight) -> bool:
@@ -253,7 +274,9 @@ def _dequantize_chunk(out: torch.Tensor, weight: QuantWeight) -> None:
         out.copy_(weight.codes)
         out.unflatten(2, (-1, group)).mul_(scale)
         return
-    fuse = not fmt.asym and group % c == 0
+    fuse = not fmt.asym and weight.scale_layout != "block128"
+    if fuse:  # int8 times a 16-bit scale would be rounded to 16 bits, whatever out is
+        scale = scale.to(torch.promote_types(scale.dtype, out.dtype))
     zero = _per_group(weight.zeros, weight)[0] if weight.zeros is not None else None
     for j in range(c):
         field = _field(weight.codes, fmt, j)

@@ -17,7 +17,7 @@ import torch
 
 from .plan import TokenPlan
 
-__all__ = ["STRATEGIES", "BoundSchedule", "Gemm", "Schedule", "Step", "Strategy", "Take", "parse_strategy"]
+__all__ = ["STRATEGIES", "BoundSchedule", "Gemm", "Schedule", "Step", "StepKind", "Strategy", "Take", "parse_strategy"]
 
 StepKind = Literal["gemm", "dequant", "gather", "pad", "scatter"]
 Take = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # an allocator of uninitialised tensors

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..formats import QuantWeight, index_experts
 from ..plan import TokenPlan
 from ..quantize import dequantize_into, dequantize_launches
-from ..strategies import Step, Strategy, Take
+from ..strategies import Step, StepKind, Strategy, Take
 from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
@@ -88,8 +88,12 @@ class DenseGemm:
         return [*steps, Step("gemm", lambda: torch.bmm(x, w, out=out))]
 
     def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
-        ends = plan.expert_offsets[1:]
-        return [Step("gemm", lambda: grouped_mm(x, self._w, ends))]
+        n_experts, rows, columns = self._stored.shape
+        stored, steps = self._stored, []
+        if not _aligned(stored):
+            stored = self._take((n_experts, rows, _round_up(columns)), stored.dtype)
+            steps = [_fill("gather", stored, self._stored)]
+        return [*steps, *_grouped_steps(x, stored, columns, self._transposed, plan, self._take)]
 
 
 class DequantGemm:
@@ -135,18 +139,13 @@ class DequantGemm:
         ]
 
     def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
-        ends, k = plan.expert_offsets[1:], self._weight.K
-        full = self._dense(self._weight.E, -(-k // _ALIGN) * _ALIGN)
+        k = self._weight.K
+        full = self._dense(self._weight.E, _round_up(k))
         dense = full[..., :k]
-        w = self._operand(full)
-
-        def dequantize() -> None:
-            dequantize_into(dense, self._weight)
-            if dense is not full:
-                full[..., k:].zero_()
-
-        launches = dequantize_launches(self._weight) + (full.shape[2] != k)
-        return [Step("dequant", dequantize, launches), Step("gemm", lambda: grouped_mm(x, w, ends))]
+        steps = [self._dequant(dense, self._weight)]
+        if full.shape[2] != k:
+            steps.append(Step("dequant", full[..., k:].zero_))
+        return [*steps, *_grouped_steps(x, full, k, self._transposed, plan, self._take)]
 
     def _operand(self, dense: torch.Tensor) -> torch.Tensor:
         return dense if self._transposed else dense.mT
@@ -159,7 +158,48 @@ class DequantGemm:
 
     @staticmethod
     def _dequant(dense: torch.Tensor, weight: QuantWeight) -> Step:
-        return Step("dequant", lambda: dequantize_into(dense, weight), dequantize_launches(weight))
+        return Step("dequant", lambda: dequantize_into(dense, weight), dequantize_launches(weight, dense.dtype))
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether rows start on the 16 bytes that grouped mm needs."""
+    strides = t.stride()
+    return t.data_ptr() % 16 == 0 and 1 in strides[-2:] and all(s % _ALIGN == 0 for s in strides if s != 1)
+
+
+def _fill(kind: StepKind, target: torch.Tensor, source: torch.Tensor) -> Step:
+    """Copy into the first columns of a wider buffer and zero the rest."""
+    n = source.shape[-1]
+    left, right = target[..., :n], target[..., n:]
+
+    def run() -> None:
+        left.copy_(source)
+        right.zero_()
+
+    return Step(kind, run, 2)
+
+
+def _grouped_steps(
+    x: torch.Tensor, stored: torch.Tensor, columns: int, transposed: bool, plan: TokenPlan, take: Take
+) -> list[Step]:
+    """One grouped mm over aligned weights [E, N, >= columns], with x padded to match where it must be."""
+    ends = plan.expert_offsets[1:]
+    if transposed:  # the padding is in the outputs
+        operand, width = stored, stored.shape[1]
+    else:
+        operand, width = stored.mT, stored.shape[2]
+    steps: list[Step] = []
+    if x.shape[1] != width or not _aligned(x):
+        padded = take((x.shape[0], _round_up(width)), x.dtype)[:, :width]
+        steps = [_fill("pad", padded, x)]
+        x = padded
+    if transposed and stored.shape[2] != columns:
+        return [*steps, Step("gemm", lambda: grouped_mm(x, operand, ends)[:, :columns])]
+    return [*steps, Step("gemm", lambda: grouped_mm(x, operand, ends))]
 
 
 def _way(problem: Problem) -> str:
@@ -175,6 +215,8 @@ def _way(problem: Problem) -> str:
 def supports(problem: Problem) -> tuple[str | None, str, bool]:
     """Reason it cannot run (or None), how it runs, and whether the host synchronises."""
     fmt, dtype = problem.format, problem.dtype
+    if problem.device.type == "meta":
+        return "tensors on the meta device hold no data", "", False
     if problem.weight_layout != "public":
         return "needs the public weight layout, this is a prepared one", "", False
     if dtype == torch.float32 and problem.device.type != "cpu":
@@ -234,26 +276,14 @@ def _rows(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool)
 
 def _grouped(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
     space = arena(x.device)
-    gemm: DenseGemm | DequantGemm
-    width = x.shape[1]
-    if not weight.format.quantized and _aligned(weight.codes):
-        gemm = DenseGemm(weight.codes, space.take, transposed=backward)
-    else:
-        gemm = DequantGemm(weight, x.dtype, space.take, transposed=backward)
-        width = -(-width // _ALIGN) * _ALIGN
-    if width != x.shape[1] or not _aligned(x):
-        padded = space.take((x.shape[0], width), x.dtype)
-        padded[:, : x.shape[1]].copy_(x)
-        padded[:, x.shape[1] :].zero_()
-        x = padded
-    bound = Strategy("grouped").schedule(plan).bind(x, gemm, x, space.take)
-    columns = weight.K if backward else weight.N
-    return bound()[:, :columns]
+    gemm = _gemm(weight, x.dtype, space.take, backward)
+    return Strategy("grouped").schedule(plan).bind(x, gemm, x, space.take)()
 
 
-def _aligned(t: torch.Tensor) -> bool:
-    """Whether rows start on the 16 bytes that grouped mm needs."""
-    return t.data_ptr() % 16 == 0 and 1 in t.stride() and all(s % _ALIGN == 0 for s in t.stride() if s != 1)
+def _gemm(weight: QuantWeight, dtype: torch.dtype, take: Take, transposed: bool) -> DenseGemm | DequantGemm:
+    if weight.codes.dtype == dtype:
+        return DenseGemm(weight.codes, take, transposed=transposed)
+    return DequantGemm(weight, dtype, take, transposed=transposed)
 
 
 def _per_expert(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
@@ -265,11 +295,7 @@ def _per_expert(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward:
         )
     space = arena(x.device)
     dtype = compute_dtype(x.device, x.dtype)
-    gemm: DenseGemm | DequantGemm
-    if weight.codes.dtype == dtype:
-        gemm = DenseGemm(weight.codes, space.take, transposed=backward)
-    else:
-        gemm = DequantGemm(weight, dtype, space.take, transposed=backward)
+    gemm = _gemm(weight, dtype, space.take, backward)
     schedule = Strategy("per_expert").schedule(plan)
     out = torch.empty(x.shape[0], weight.K if backward else weight.N, dtype=dtype, device=x.device)
     schedule.bind(x.to(dtype), gemm, out, space.take)()

@@ -189,12 +189,15 @@ def _check(bound: Bound, t: Tensors, space: _SharedScratch) -> tuple[ErrorReport
 
 
 def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """The same call as a replay of a CUDA graph."""
+    """The same call as a replay of a CUDA graph.
+
+    The graph holds addresses, not tensors: the replay keeps the call, and with it the plan and the views, alive.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
         y = run()
 
-    def replay() -> torch.Tensor:
+    def replay(recorded: Callable[[], torch.Tensor] = run) -> torch.Tensor:
         graph.replay()
         return y
 

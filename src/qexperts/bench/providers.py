@@ -71,8 +71,6 @@ class Binder:
         grouped = candidate.strategy is not None and candidate.strategy.name == "grouped"
         if grouped and device.type != "cpu" and not has_grouped_mm(device, dtype):
             return f"torch has no grouped mm in one launch for {self._workload.dtype} on this device"
-        if grouped and self._workload.k % 8:
-            return f"torch's grouped mm needs K to be a multiple of 8, not {self._workload.k}"
         return None
 
     def schedule(self, strategy: Strategy) -> Schedule:
