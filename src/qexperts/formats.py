@@ -247,11 +247,11 @@ def _check(w: QuantWeight) -> None:
 def _check_parameter(
     where: str, w: QuantWeight, name: str, t: torch.Tensor | None, dtypes: tuple[torch.dtype, ...]
 ) -> None:
+    shape = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)
     if t is None:
-        raise ValueError(f"{where}: {name} missing; the format needs them.")
+        raise ValueError(f"{where}: {name} missing; expected {shape} in {' or '.join(map(str, dtypes))}.")
     if t.dtype not in dtypes:
         raise ValueError(f"{where}: {name} is {t.dtype}; expected {' or '.join(map(str, dtypes))}.")
-    shape = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)
     if tuple(t.shape) != shape:
         raise ValueError(
             f"{where}: {name} is {tuple(t.shape)}; expected {shape} for scale_layout={w.scale_layout!r}, E={w.E}, "

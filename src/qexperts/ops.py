@@ -37,7 +37,8 @@ def grouped_gemm(
 
     Args:
         x: [S, K]; bf16 or fp16, on the CPU also fp32; rows sorted by expert; any row stride.
-        weight: E matrices of logical shape [N, K], any format, scale layout and scale dtype.
+        weight: E matrices of logical shape [N, K], any quantized format, scale layout and scale dtype; bf16 or fp16
+            weights need activations of their dtype, or fp32.
         plan: S rows over E experts, on the device of x.
         out: [S, N]; dtype of x; every element is written. Not with gradients.
         backend: "auto" or a name from `qexperts.backends.BACKENDS`.
@@ -123,8 +124,9 @@ def moe_gemm_decode(
 
     Args:
         activations: [total_tokens, K]; bf16 or fp16, on the CPU also fp32; sorted by expert; any row stride.
-        weights: [E, N, K * weight_bits / 8]; uint8; N a multiple of 16. With weight_bits=16: [E, N, K] in the dtype
-            of the activations. float8_e4m3fn or float8_e5m2 [E, N, K]: FP8, whatever weight_bits says.
+        weights: [E, N, K * weight_bits / 8]; uint8; N a multiple of 16. With weight_bits=16: [E, N, K] in bf16 or
+            fp16, the dtype of the activations unless those are fp32. float8_e4m3fn or float8_e5m2 [E, N, K]: FP8,
+            whatever weight_bits says.
         num_tokens_per_expert: [E]; int32 (int64 is cast on the device); sums to total_tokens.
         scales: [E, N, K / group_size]; dtype of the activations; None for weight_bits=16.
         zeros: shape and dtype of scales, integers; required if asym, refused otherwise.
@@ -140,7 +142,7 @@ def moe_gemm_decode(
     x, weight, plan = _check_packed(
         "moe_gemm_decode", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
     )
-    return _run("moe_gemm_decode", x, weight, plan)
+    return _run("moe_gemm_decode", x, weight, plan, phase="decode")
 
 
 def moe_gemm_prefill(
@@ -170,7 +172,7 @@ def moe_gemm_prefill(
         x, weight, plan = _check_packed(
             where, activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
         )
-        return _run(where, x, weight, plan)
+        return _run(where, x, weight, plan, phase="prefill")
     if scale_scheme != "per_tensor":
         raise ValueError(f"{where}: scale_scheme is {scale_scheme!r}; expected None or 'per_tensor'.")
     if asym or zeros is not None:
@@ -188,7 +190,7 @@ def moe_gemm_prefill(
         raise ValueError(f"{where}: scales is {given}; scale_scheme='per_tensor' expected ({weights.shape[0]},) fp32.")
     codes = (weights.view(torch.uint8) if weights.dtype == torch.int8 else weights).mT
     weight = _weight(where, codes, scales, None, name, None, "tensor")
-    return _run(where, x, weight, _plan(where, num_tokens_per_expert, x, weight))
+    return _run(where, x, weight, _plan(where, num_tokens_per_expert, x, weight), phase="prefill")
 
 
 def moe(
@@ -225,8 +227,7 @@ def moe(
     )
     if phase == "auto":
         phase = _phase(plan, decode_threshold)
-    # The only backend so far runs both phases alike; a decode kernel is selected here by phase.
-    return _run("moe", x, weight, plan)
+    return _run("moe", x, weight, plan, phase=phase)
 
 
 def clear_moe_prefill_workspace_cache() -> None:
@@ -244,8 +245,15 @@ def _phase(plan: TokenPlan, threshold: int) -> str:
     return "decode" if max(plan.host_counts()) <= threshold else "prefill"
 
 
-def _run(where: str, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backend: str = "auto") -> torch.Tensor:
-    chosen = select(Problem.of(where, x, weight), backend)
+def _run(
+    where: str,
+    x: torch.Tensor,
+    weight: QuantWeight,
+    plan: TokenPlan,
+    backend: str = "auto",
+    phase: str | None = None,
+) -> torch.Tensor:
+    chosen = select(Problem.of(where, x, weight, phase=phase), backend)
     if not torch.is_grad_enabled():
         return chosen.run(x, weight, plan, False)
     _check_no_grad(where, weights=weight.codes, scales=weight.scales, zeros=weight.zeros)

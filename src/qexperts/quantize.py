@@ -180,13 +180,14 @@ def _quantize_blocks(
         limit = q + 0.5
     top = torch.maximum(hi, -lo)
 
-    def over(divisor: torch.Tensor | float) -> torch.Tensor:
+    def over(divisor: torch.Tensor) -> torch.Tensor:
         """What the codes must span, over a divisor; hi - lo itself may exceed fp32."""
         if not fmt.asym:
             return top / divisor
         return torch.where(torch.isfinite(hi - lo), (hi - lo) / divisor, hi / divisor - lo / divisor)
 
-    scale = over(q).to(dtype)
+    # a tensor, since CUDA multiplies by the rounded inverse of a Python scalar and would differ from the CPU
+    scale = over(torch.tensor(q, device=blocks.device)).to(dtype)
     successor = _successor(scale)  # enough: the scale is rounded to nearest, so the next one is above the exact value
     scale = torch.where(over(scale.float()) < limit, scale, successor)
     scale = torch.where(top == 0, torch.ones_like(scale), scale)

@@ -23,6 +23,7 @@ class Problem:
         where: the public function, for error messages.
         S, E, N, K: rows, experts, outputs, contraction.
         dtype: of the activations.
+        phase: "decode" or "prefill" if the caller chose one, else None.
         backward: the gradient with respect to the activations instead of the result.
     """
 
@@ -38,10 +39,14 @@ class Problem:
     scale_layout: str = "group"
     scale_dtype: torch.dtype | None = None
     weight_layout: str = "public"
+    phase: str | None = None
     backward: bool = False
 
     @classmethod
-    def of(cls, where: str, x: torch.Tensor, weight: QuantWeight, *, backward: bool = False) -> Problem:
+    def of(
+        cls, where: str, x: torch.Tensor, weight: QuantWeight, *, phase: str | None = None, backward: bool = False
+    ) -> Problem:
+        """The problem of multiplying x by weight."""
         return cls(
             where=where,
             format=weight.format,
@@ -55,6 +60,7 @@ class Problem:
             scale_layout=weight.scale_layout,
             scale_dtype=None if weight.scales is None else weight.scales.dtype,
             weight_layout=weight.weight_layout,
+            phase=phase,
             backward=backward,
         )
 

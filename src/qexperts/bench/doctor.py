@@ -64,8 +64,8 @@ def _matrix(device: torch.device, dtype: str) -> Table:
     for name in BACKENDS:
         for fmt in FORMATS.values():
             cells = []
-            for s in (31440, 8):
-                answer = next(a for a in explain(_problem(fmt, device, dtype, s, n, k)) if a.backend == name)
+            for phase, s in (("prefill", 31440), ("decode", 8)):
+                answer = next(a for a in explain(_problem(fmt, device, dtype, phase, s, n, k)) if a.backend == name)
                 sync = " [yellow](host sync)[/]" if answer.syncs else ""
                 cells.append(f"[green]yes[/]: {answer.note}{sync}" if answer.ok else f"[red]no[/]: {answer.reason}")
             rows.setdefault((name, *cells), []).append(fmt.name)
@@ -78,10 +78,10 @@ def _matrix(device: torch.device, dtype: str) -> Table:
     return table
 
 
-def _problem(fmt: WeightFormat, device: torch.device, dtype: str, rows: int, n: int, k: int) -> Problem:
+def _problem(fmt: WeightFormat, device: torch.device, dtype: str, phase: str, rows: int, n: int, k: int) -> Problem:
     group = 128 if fmt.quantized else None
     scale = DTYPES[dtype] if fmt.quantized else None
-    return Problem("doctor", fmt, DTYPES[dtype], device, rows, 256, n, k, group, scale_dtype=scale)
+    return Problem("doctor", fmt, DTYPES[dtype], device, rows, 256, n, k, group, scale_dtype=scale, phase=phase)
 
 
 def formats_table(group_size: int) -> Table:
