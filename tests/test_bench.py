@@ -13,7 +13,7 @@ from qexperts.bench.measure import measure_workload
 from qexperts.bench.providers import Binder, Candidate, enumerate_candidates
 from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
 from qexperts.bench.timing import Sampler, percentile
-from qexperts.bench.workloads import Tensors, Workload, decode_distribution
+from qexperts.bench.workloads import Workload, decode_distribution, make_inputs
 from qexperts.routing import Distribution
 from qexperts.strategies import Strategy, parse_strategy
 
@@ -107,7 +107,7 @@ def test_interrupt_yields_what_was_sampled(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_counts_come_from_the_bound_steps() -> None:
     w = workload()
-    binder = Binder(w, Tensors.make(w, CPU))
+    binder = Binder(w, make_inputs(w, CPU))
     take = providers.torch_empty(CPU)
     bound = binder.bind(Candidate(Strategy("pad_and_clip", 3), "base mm", "inside"), take)
     assert bound.counts["gemm"] == 2  # one batch of experts 0, 3, 4 and expert 2 by itself
@@ -128,14 +128,14 @@ def test_refusals_name_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mandatory_bytes_count_active_experts_once() -> None:
     w = workload("int4_asym")
-    t = Tensors.make(w, CPU)
+    t = make_inputs(w, CPU)
     per_expert = 32 * 64 // 2 + 2 * 32 * (64 // 16) * 2  # codes, then scales and zeros in bf16
     assert mandatory_bytes(t.weight, 4, 13, torch.bfloat16) == 4 * per_expert + 13 * (32 + 64) * 2
 
 
 def test_workload_tensors_are_reproducible() -> None:
-    a, b = (Tensors.make(workload(), CPU) for _ in range(2))
-    other = Tensors.make(workload(seed=1), CPU)
+    a, b = (make_inputs(workload(), CPU) for _ in range(2))
+    other = make_inputs(workload(seed=1), CPU)
     assert torch.equal(a.x, b.x) and torch.equal(a.weight.codes, b.weight.codes)
     assert not torch.equal(a.x, other.x)
 

@@ -155,6 +155,19 @@ def test_wrapper_api_times_planning_and_the_public_call() -> None:
     assert any(r["strategy"] == "auto" and r["api"] == "wrapper" and r["status"] == "ok" for r in rows)
 
 
+def test_show_repeats_the_report_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    arguments = ["bench", "prefill", *TINY, "--formats", "int4_sym,bf16", "--save", str(path)]
+    run = qexperts(*arguments, "--out", "csv")
+    done = qexperts("show", str(path), "--out", "csv", "--plot", str(tmp_path / "plots"))
+    assert done.returncode == 0 and done.stdout == run.stdout
+    assert list((tmp_path / "plots").glob("latency-*.png"))
+    assert "int4_sym" in qexperts("show", str(path), "--mode", "full").stdout
+    (tmp_path / "empty.jsonl").write_text("")
+    done = qexperts("show", str(tmp_path / "empty.jsonl"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
 def test_plots(tmp_path: Path) -> None:
     done = qexperts("bench", "prefill", *TINY, "--formats", "int4_sym", "--plot", str(tmp_path / "plots"))
     assert done.returncode == 0, done.stderr

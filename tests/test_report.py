@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qexperts.bench import columns, plots, report
 from qexperts.bench import compare as comparing
-from qexperts.bench import plots, report
 from qexperts.bench.records import Record
 
 
@@ -105,7 +105,7 @@ class TestDerived:
         [(0.01234, "0.0123"), (0.6354, "0.635"), (9.8765, "9.877"), (12.346, "12.35"), (1234.5, "1,234.5")],
     )
     def test_times_keep_four_digits(self, value: float, text: str) -> None:
-        assert report.ms_text(value) == text
+        assert columns.ms_text(value) == text
 
 
 class TestFull:
@@ -194,25 +194,27 @@ class TestColumns:
 class TestSummary:
     def test_a_quantized_format_at_a_glance(self) -> None:
         ((row,),) = markdown_rows(report.render(INT4, "md", "summary"))
-        assert row["best, all inside"] == "pad_and_clip(256)" and row["median ms"] == "2.500"
-        assert row["GEMM launches"] == "238→38" and row["vs per_expert"] == "3.20x"
-        assert row["pad_and_clip best (at) ms"] == "2.500 (256)"
-        assert row["best, weights ready before"] == "pad_and_clip(128), weights gathered before"
-        assert row["ready ms"] == "1.250"
+        assert row["per_expert ms"] == "8.000"
+        assert row["best strategy"] == "pad_and_clip(256)" and row["best ms"] == "2.500"
+        assert row["pad_and_clip launches"] == "238→38" and row["best speed-up"] == "3.20x"
+        assert row["pad_and_clip (threshold) ms"] == "2.500 (256)" and row["pad_and_clip speed-up"] == "3.20x"
+        assert row["ready, best strategy"] == "pad_and_clip(128), weights gathered before"
+        assert row["ready, best ms"] == "1.250" and row["ready, pad_and_clip ms"] == "1.250 (128)"
         assert row["floor ms"] == "0.500" and row["% of roofline"] == "20%" and row["could gain"] == "5.00x"
 
     def test_the_best_threshold_is_told_when_another_strategy_wins(self) -> None:
         ((row,),) = markdown_rows(report.render([*INT4, grouped(1.0, time="2026-03")], "md", "summary"))
-        assert row["best, all inside"] == "grouped" and row["GEMM launches"] == "238→1"
-        assert row["vs per_expert"] == "8.00x" and row["pad_and_clip best (at) ms"] == "2.500 (256)"
-        assert row["ready ms"] == "1.250"  # without dequantization, even if that was slower
+        assert row["best strategy"] == "grouped" and row["best speed-up"] == "8.00x"
+        assert row["pad_and_clip (threshold) ms"] == "2.500 (256)" and row["pad_and_clip launches"] == "238→38"
+        assert row["pad_and_clip speed-up"] == "3.20x"
+        assert row["ready, best ms"] == "1.250"  # without dequantization, even if that was slower
 
     def test_without_dequantization_the_gather_is_what_a_caller_pays(self) -> None:
         ((row,),) = markdown_rows(report.render(UNQUANTIZED, "md", "summary"))
-        assert row["best, all inside"] == "pad_and_clip(256), weights gathered inside" and row["median ms"] == "2.200"
-        assert row["vs per_expert"] == "2.00x"
-        assert row["best, weights ready before"] == "pad_and_clip(128), weights gathered before"
-        assert row["ready ms"] == "1.100"
+        assert row["best strategy"] == "pad_and_clip(256), weights gathered inside" and row["best ms"] == "2.200"
+        assert row["best speed-up"] == "2.00x"
+        assert row["ready, best strategy"] == "pad_and_clip(128), weights gathered before"
+        assert row["ready, best ms"] == "1.100"
 
     def test_one_row_per_format_and_projection(self) -> None:
         other = [dataclasses.replace(r, n=1536, k=3072) for r in INT4]
@@ -222,8 +224,8 @@ class TestSummary:
     def test_providers_get_rows_and_the_best_is_bold(self) -> None:
         fused = grouped(0.8, provider="fused", scope="fused", dequant_launches=None)
         (table,) = markdown_rows(report.render([*INT4, fused], "md", "summary"))
-        assert [(row["provider"], row["median ms"]) for row in table] == [("torch", "2.500"), ("fused", "**0.800**")]
-        assert table[1]["vs per_expert"] == "-"  # no per_expert of this provider
+        assert [(row["provider"], row["best ms"]) for row in table] == [("torch", "2.500"), ("fused", "**0.800**")]
+        assert table[1]["best speed-up"] == "-"  # no per_expert of this provider
 
     def test_a_graph_is_explained(self) -> None:
         text = report.render([record(8.0), record(2.0, graph=True)], "md", "summary")
@@ -262,7 +264,7 @@ class TestStatus:
     def test_a_summary_prefers_right_results_and_says_when_there_are_none(self) -> None:
         records = [record(8.0, format="int2_asym"), WRONG, REFUSED, dataclasses.replace(WRONG, format="int8_sym")]
         (table,) = markdown_rows(report.render(records, "md", "summary"))
-        assert {row["format"]: row["median ms"].strip("*") for row in table} == {
+        assert {row["format"]: row["best ms"].strip("*") for row in table} == {
             "int2_asym": "8.000", "fp8_e5m2": "n/a", "int8_sym": "WRONG",
         }  # fmt: skip
 

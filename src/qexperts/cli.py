@@ -17,7 +17,7 @@ from .bench import compare as comparing
 from .bench import doctor as doctoring
 from .bench import records, report
 from .bench.run import BenchOptions, prepare
-from .bench.session import bench_session
+from .bench.session import bench_session, plot_records, print_records
 
 OUT = click.Choice(["table", "md", "csv", "json"])
 
@@ -97,6 +97,21 @@ def decode(out: str, **options: Any) -> None:
     """One token per sequence: few rows per expert, bound by reading weights."""
     options["api"] = options["api"] or "raw,wrapper"
     sys.exit(bench_session(prepare(BenchOptions("decode", **options)), out))
+
+
+@cli.command()
+@click.argument("files", metavar="FILE.jsonl...", nargs=-1, required=True)
+@click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True)
+@click.option("--out", type=OUT, default="table", show_default=True)
+@click.option("--plot", metavar="DIR", help="Write PNG plots.")
+def show(files: tuple[str, ...], mode: str, out: str, plot: str | None) -> None:
+    """Print or plot saved records, as the run that saved them did."""
+    found = [record for file in files for record in records.load_records(file)]
+    if not found:
+        raise ValueError(f"{', '.join(files)}: no records")
+    print_records(found, out, mode)
+    if plot is not None:
+        plot_records(found, {}, plot)
 
 
 @cli.command()

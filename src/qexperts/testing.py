@@ -55,7 +55,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tensors of a case, its oracle and its peer: x [S, K], oracle fp64 [S, N], peer [S, N]."""
+    """Tensors of a multiplication, with what judges it.
+
+    Attributes:
+        x: [S, K].
+        counts: [E]; int32.
+        oracle: [S, N]; exact weights; fp64, on a GPU fp32.
+        peer: [S, N]; torch in the working dtype on the rounded weights.
+    """
 
     x: torch.Tensor
     weight: QuantWeight
@@ -64,23 +71,23 @@ class Inputs:
     oracle: torch.Tensor
     peer: torch.Tensor
 
+    @classmethod
+    def of(cls, x: torch.Tensor, weight: QuantWeight, rows: Sequence[int]) -> Inputs:
+        counts = torch.tensor(rows, dtype=torch.int32, device=x.device)
+        plan = TokenPlan.from_counts(counts, x.shape[0])
+        return cls(x, weight, counts, plan, grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows))
+
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
     """Random tensors for a case; the scales are in the activation dtype, as the tensor-level API wants them."""
-    device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
-    total = sum(case.rows)
-    x = torch.randn(total, case.K, generator=generator).to(case.dtype)
+    x = torch.randn(sum(case.rows), case.K, generator=generator).to(case.dtype)
     dense = torch.randn(case.E, case.N, case.K, generator=generator).mul_(case.K**-0.5).to(case.dtype)
     weight = quantize(dense, case.format, group_size=case.group_size or case.K)
     if case.negative_scales and weight.scales is not None:
         flip = torch.randint(0, 2, weight.scales.shape, generator=generator).bool()
         weight.scales[flip] *= -1
-    weight, x = weight.to(device), x.to(device)
-    counts = torch.tensor(case.rows, dtype=torch.int32, device=device)
-    plan = TokenPlan.from_counts(counts, total)
-    oracle = grouped_gemm_reference(x, weight, case.rows)
-    return Inputs(x, weight, counts, plan, oracle, peer_gemm(x, weight, case.rows))
+    return Inputs.of(x.to(device), weight.to(device), case.rows)
 
 
 def peer_gemm(x: torch.Tensor, weight: QuantWeight, counts: Sequence[int]) -> torch.Tensor:

@@ -11,19 +11,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from .columns import Column, label, ms_text, ratio_text, worth_showing
 from .records import Record
-from .report import (
-    Chapter,
-    Column,
-    Section,
-    drawing,
-    label,
-    markdown,
-    ms_text,
-    newest,
-    ratio_text,
-    worth_showing,
-)
+from .report import Chapter, Section, drawing, markdown, newest
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..strategies import Take
-from ..testing import ErrorReport, judge
+from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena
 from .providers import Binder, Bound, Candidate
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
 from .timing import Sampler, host_ms, percentile
-from .workloads import Tensors, Workload
+from .workloads import Workload, make_inputs
 
 __all__ = ["measure_workload"]
 
@@ -39,7 +39,7 @@ def measure_workload(
 ) -> Iterator[Record]:
     """Yield a record per candidate, in order. If interrupted, those with samples are yielded before it goes on."""
     tick("preparing weights")
-    tensors = Tensors.make(workload, device)
+    tensors = make_inputs(workload, device)
     binder = Binder(workload, tensors)
     template = _template(workload, tensors, ceilings, env)
     rows = [_Row(c, _describe(template, c)) for c in candidates]
@@ -95,7 +95,7 @@ def _need(row: _Row, binder: Binder) -> int:
     return 0
 
 
-def _template(workload: Workload, t: Tensors, ceilings: Ceilings, env: dict[str, str | None]) -> Record:
+def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, str | None]) -> Record:
     d = workload.distribution
     return Record(
         kind=workload.kind,
@@ -143,7 +143,7 @@ def _describe(template: Record, c: Candidate) -> Record:
     )
 
 
-def _prepare(row: _Row, binder: Binder, t: Tensors, space: _SharedScratch) -> None:
+def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch) -> None:
     """Bind, count, run once on poisoned memory, judge; and capture, if the candidate asks for a graph."""
     record, candidate, device = row.record, row.candidate, t.x.device
     bound = binder.bind(candidate, space.take())
@@ -173,7 +173,7 @@ def _prepare(row: _Row, binder: Binder, t: Tensors, space: _SharedScratch) -> No
     row.bound = bound
 
 
-def _check(bound: Bound, t: Tensors, space: _SharedScratch) -> tuple[ErrorReport, int | None]:
+def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport, int | None]:
     """Run on poisoned scratch and judge; also the device memory the run took beyond it, where torch keeps count."""
     device = t.x.device
     space.poison()

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .columns import ms_text, time_of
 from .records import Record
-from .report import caption, fastest, ms_text, newest, paid, time_of
+from .report import caption, fastest, newest, paid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

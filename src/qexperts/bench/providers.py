@@ -13,8 +13,9 @@ from ..ops import moe
 from ..plan import TokenPlan
 from ..quantize import dequantize
 from ..strategies import Gemm, Schedule, Strategy, Take
+from ..testing import Inputs
 from ..workspace import arena
-from .workloads import Tensors, Workload
+from .workloads import Workload
 
 __all__ = ["Bound", "Candidate", "enumerate_candidates"]
 
@@ -59,7 +60,7 @@ class Bound:
 class Binder:
     """Binds candidates of one workload. The dequantized weights of "base mm" are made once and shared."""
 
-    def __init__(self, workload: Workload, tensors: Tensors) -> None:
+    def __init__(self, workload: Workload, tensors: Inputs) -> None:
         self._workload = workload
         self._t = tensors
         self._dtype = compute_dtype(tensors.x.device, tensors.x.dtype)

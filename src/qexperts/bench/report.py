@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from .columns import WHO, WORKLOAD, Column, Mode, Row, all_columns, label, number_text, time_of, timed, worth_showing
 from .records import Record
 
 if TYPE_CHECKING:
@@ -22,15 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Out = Literal["table", "md", "csv", "json"]
-Mode = Literal["summary", "full"]
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 _DERIVED = ("speedup", "tflops", "gbps", "floor_ms", "roofline")
-
-
-def time_of(record: Record | None) -> float | None:
-    """Median in ms, None unless the result was right."""
-    return record.median_ms if record is not None and record.status == "ok" else None
 
 
 def fastest(records: Iterable[Record]) -> Record | None:
@@ -53,16 +48,6 @@ def baseline_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
     return newest((r for r in records if r.is_baseline() and time_of(r)), Record.baseline_key)
 
 
-def label(record: Record) -> str:
-    """The strategy with all that distinguishes it: `pad_and_clip(256), graph, weights gathered inside`.
-
-    Only `base mm` has a choice of where weights are gathered; elsewhere it is inside by nature.
-    """
-    text = record.strategy if record.threshold is None else f"{record.strategy}({record.threshold})"
-    text += ", graph" if record.graph else ""
-    return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
-
-
 def paid(records: Sequence[Record]) -> list[Record]:
     """Records with everything inside the clock that a caller pays for on every call.
 
@@ -72,216 +57,9 @@ def paid(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.scope != "base mm"] or [r for r in records if r.gather != "before"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of a table: a record and the records it is seen against."""
-
-    record: Record
-    baseline: Record | None = None
-    best: bool = False  # lowest median of its format and scope
-    clip: Record | None = None  # summary: the best pad_and_clip with everything inside
-    ready: Record | None = None  # summary: the best with weights dequantized or gathered before the clock
-
-    @property
-    def speedup(self) -> float | None:
-        """Median of the baseline over the median of this record."""
-        ours, base = time_of(self.record), time_of(self.baseline)
-        return base / ours if ours and base else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """How one value of a row is found, shown, and named.
-
-    `show`: "always"; "varies": only if rows differ in it, else `caption` says it once; "any": if any row has it.
-    `drop`: the higher, the sooner it gives way on a narrow terminal; 0 stays.
-    """
-
-    name: str
-    header: str
-    unit: str
-    getter: Callable[[Any], Any]
-    formatter: Callable[[Any], str] = str
-    justify: Literal["left", "right"] = "right"
-    show: Literal["always", "varies", "any"] = "always"
-    drop: int = 0
-    caption: Callable[[Any], str] | None = None
-    mark: Callable[[Any], str] = lambda row: ""  # "" | "best" | "bad"
-
-    def text(self, row: Any) -> str:
-        value = self.getter(row)
-        return "-" if value is None else value if isinstance(value, str) else self.formatter(value)
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def ms_text(value: float) -> str:
-    """Four digits or so, always with the same number of decimals in a range of ten."""
-    decimals = 4 if value < 0.1 else 3 if value < 10 else 2 if value < 100 else 1
-    return f"{value:,.{decimals}f}"
-
-
-def number_text(value: float) -> str:
-    """Three digits."""
-    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def ratio_text(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.{1 if value < 0.0995 else 0}f}%"
-
-
-def _error(value: float) -> str:
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-
-
-def _median(row: Row) -> float | str | None:
-    """A time, or why there is none: WRONG stays in the reader's eye, the reason is below the table."""
-    if row.record.status == "ok":
-        return row.record.median_ms
-    return "WRONG" if row.record.status == "WRONG" else "n/a"
-
-
-def _range(row: Row) -> str | None:
-    low, high = row.record.p20_ms, row.record.p80_ms
-    return f"{ms_text(low)}–{ms_text(high)}" if time_of(row.record) and low and high else None
-
-
-def _timed(name: str) -> Callable[[Row], Any]:
-    return lambda row: getattr(row.record, name) if time_of(row.record) else None
-
-
-def _field(name: str) -> Callable[[Row], Any]:
-    return lambda row: getattr(row.record, name, None)
-
-
-def _launches_saved(row: Row) -> str | None:
-    ours, base = row.record.launches, row.baseline and row.baseline.launches
-    return None if ours is None else f"{ours:,}" if base in (None, ours) else f"{base:,}→{ours:,}"
-
-
-def _clip(row: Row) -> str | None:
-    return f"{ms_text(ms)} ({row.clip.threshold})" if row.clip and (ms := time_of(row.clip)) else None
-
-
-def _ready(row: Row) -> str | None:
-    return label(row.ready) if row.ready else None
-
-
-def _mark(row: Row) -> str:
-    return "bad" if row.record.status == "WRONG" else "best" if row.best else ""
-
-
-def _unless_batch(row: Row) -> str | None:
-    """A decode distribution is named after its batch, which has a column of its own."""
-    return row.record.distribution if getattr(row.record, "batch", None) is None else None
-
-
-_WORKLOAD = [
-    Column("distribution", "distri-\nbution", "", _field("distribution"), str, "left", "varies", caption=str),
-    Column("scaled", "scaled", "", _field("scaled"), str, "left", "varies", caption="scaled: {}".format),
-    Column("num_experts", "experts", "", _field("num_experts"), _count, show="varies", caption="{:,} experts".format),
-    Column("total_tokens", "rows", "", _field("total_tokens"), _count, show="varies", caption="{:,} rows".format),
-    Column("active_experts", "active", "", _field("active_experts"), str, show="varies", caption="{:,} active".format),
-    Column("max_tokens", "largest", "rows", _field("max_tokens"), _count, show="varies", caption="max {:,}".format),
-    Column("top_k", "top_k", "", _field("top_k"), _count, show="varies", caption="top_k {}".format),
-    Column("dtype", "dtype", "", _field("dtype"), str, "left", "varies", caption="{} activations".format),
-    Column("group_size", "group", "", _field("group_size"), _count, show="varies", caption="group {}".format),
-    Column("seed", "seed", "", _field("seed"), str, show="varies"),
-]
-_WHO = [
-    Column("provider", "provider", "", _field("provider"), str, "left", "varies", caption="provider {}".format),
-    Column("scope", "scope", "", _field("scope"), str, "left", "varies", caption=str),
-    Column("api", "api", "", _field("api"), str, "left", "varies", caption="{} calls".format),
-    Column("weight_layout", "layout", "", _field("weight_layout"), str, "left", "varies", caption="{} weights".format),
-    Column("device", "device", "", _field("device"), str, "left", "varies", caption=str),
-    Column("torch", "torch", "", _field("torch"), str, "left", "varies", caption="torch {}".format),
-]  # fmt: skip
-_FORMAT = [Column("format", "format", "", _field("format"), str, "left")]
-_STRATEGY = [Column("strategy", "strategy", "", lambda row: label(row.record), str, "left", mark=_mark)]
-_ROOFLINE = Column("roofline", "% of\nroof-\nline", "", _timed("roofline"), _percent)
-_RATES = [
-    Column("tflops", "TFLOP\n/s", "", _timed("tflops"), number_text, show="any", drop=3),
-    Column("gbps", "GB/s", "", _timed("gbps"), number_text, show="any", drop=4),
-]
-_VERSUS = Column("speedup", "vs per_\nexpert", "", lambda row: row.speedup, ratio_text, show="any")
-_ERROR = Column("error", "error", "", _field("error"), _error, show="any", drop=3)
-_FULL = [
-    Column("launches", "GEMM\nlaun-\nches", "", _field("launches"), _count),
-    Column("dequant_launches", "de-\nquant", "", _field("dequant_launches"), _count, show="any", drop=5),
-    Column("gather_launches", "ga-\nther", "", _field("gather_launches"), _count, show="any", drop=6),
-    Column("pad_launches", "pad", "", _field("pad_launches"), _count, show="any", drop=9),
-    Column("scatter_launches", "scat-\nter", "", _field("scatter_launches"), _count, show="any", drop=8),
-    Column("padded_rows", "padded\nrows", "", _field("padded_rows"), _count, show="any", drop=2),
-    Column("plan_ms", "plan", "ms", _field("plan_ms"), ms_text, show="any", drop=5),
-    Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
-    Column("p20_p80_ms", "p20–p80", "ms", _range, show="any", drop=7),
-    _VERSUS,
-    *_RATES,
-    _ROOFLINE,
-    Column("peak_bytes", "peak", "MiB", _field("peak_bytes"), lambda v: number_text(v / 2**20), show="any", drop=3),
-    _ERROR,
-]
-_SUMMARY = [
-    Column("strategy", "best, all\ninside", "", lambda row: label(row.record), str, "left", mark=_mark),
-    Column("launches", "GEMM\nlaun-\nches", "", _launches_saved),
-    Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
-    _VERSUS,
-    Column("clip", "pad_and_clip\nbest (at)", "ms", _clip, show="any"),
-    Column("ready_strategy", "best, weights\nready before", "", _ready, str, "left", "any"),
-    Column("ready_ms", "ready", "ms", lambda row: time_of(row.ready), ms_text, show="any"),
-    *_RATES,
-    Column("floor_ms", "floor", "ms", _timed("floor_ms"), ms_text, drop=2),
-    _ROOFLINE,
-    Column("headroom", "could\ngain", "", _timed("roofline"), lambda v: ratio_text(1 / v), drop=1),
-]
-_DECODE = [
-    Column("distribution", "distri-\nbution", "", _unless_batch, str, "left", "varies"),
-    Column("batch", "batch", "", _field("batch"), _count, show="any"),
-    Column("total_tokens", "rows", "", _field("total_tokens"), _count),
-    Column("active_experts", "active\nexperts", "", _field("active_experts"), _count),
-]
-_DECODE_MEASURED = [
-    Column("launches", "GEMM\nlaun-\nches", "", _field("launches"), _count),
-    Column("median_us", "median", "us", lambda row: v if isinstance(v := _median(row), str) else v and v * 1e3,
-           number_text, mark=_mark),
-    _VERSUS,
-    _RATES[1],
-    _ROOFLINE,
-    _ERROR,
-]  # fmt: skip
-
-
-def _all_columns(kind: str, mode: Mode) -> list[Column]:
-    if kind == "decode":
-        given = {c.name for c in _DECODE}
-        workload = [c for c in _WORKLOAD if c.name not in given | {"distribution", "max_tokens"}]
-        return [*_FORMAT, *_DECODE, *workload, *_WHO, *_STRATEGY, *_DECODE_MEASURED]
-    if mode == "summary":
-        who = [c for c in _WHO if c.name != "scope"]
-        return [*_FORMAT, *_WORKLOAD, *who, *_SUMMARY]
-    return [*_FORMAT, *_WORKLOAD, *_WHO, *_STRATEGY, *_FULL]
-
-
-def worth_showing(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
-    """Columns worth their width: always, any row has a value, or rows differ."""
-    shown = []
-    for column in columns:
-        values = {value for row in rows if (value := column.getter(row)) is not None}
-        if column.show == "always" or len(values) > 1 or (column.show == "any" and values - {0}):
-            shown.append(column)
-    return shown
-
-
 def columns(records: Sequence[Record], mode: Mode) -> list[Column]:
     """The columns a table of these records shows; records are of one kind."""
-    return worth_showing(_all_columns(records[0].kind, mode), rows(records, mode)) if records else []
+    return worth_showing(all_columns(records[0].kind, mode), rows(records, mode)) if records else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,8 +106,9 @@ def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) 
     wrong = next((r for r in inside if r.status == "WRONG"), inside[0])
     chosen = fastest(inside) or wrong
     clip = fastest(r for r in inside if r.strategy == "pad_and_clip")
-    ready = fastest(r for r in group if r.scope == "base mm")
-    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready=ready)
+    prepared = [r for r in group if r.scope == "base mm"]
+    ready, ready_clip = fastest(prepared), fastest(r for r in prepared if r.strategy == "pad_and_clip")
+    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready_clip=ready_clip, ready=ready)
 
 
 def _summary_rows(records: Sequence[Record]) -> list[Row]:
@@ -352,7 +131,7 @@ def rows(records: Sequence[Record], mode: Mode) -> list[Row]:
 def caption(records: Sequence[Record]) -> str:
     """What all records share, in words, and the ceilings they are judged by."""
     pieces = {}
-    for column in (*_WORKLOAD, *_WHO):
+    for column in (*WORKLOAD, *WHO):
         values = {v for r in records if (v := column.getter(Row(r))) is not None}
         if column.caption and len(values) == 1:
             pieces[column.name] = column.caption(values.pop())
@@ -399,9 +178,9 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         notes.append("weights gathered: the small experts' weights made contiguous before or inside the clock")
     if mode == "summary" and records[0].kind == "prefill":
         notes.append(
-            "all inside: dequantization and every copy inside the clock; weights ready: dequantized or gathered before "
-            "it; pad_and_clip: all inside, at its best threshold; floor: the larger of arithmetic and bytes at the "
-            "ceilings; could gain: median / floor"
+            "per_expert, pad_and_clip (at its best threshold) and best have everything inside the clock, "
+            "dequantization and every copy; ready: weights dequantized, or gathered, before it; floor: the larger of "
+            "arithmetic and bytes at the ceilings; speed-up: over per_expert; could gain: best / floor"
         )
     return notes
 
@@ -551,9 +330,9 @@ def flat(record: Record, baselines: dict[tuple[Any, ...], Record]) -> dict[str, 
     row = Row(record, baselines.get(record.baseline_key()))
     derived = (
         row.speedup,
-        *(_timed(name)(row) for name in ("tflops", "gbps")),
+        *(timed(name)(row) for name in ("tflops", "gbps")),
         record.floor_ms,
-        _timed("roofline")(row),
+        timed("roofline")(row),
     )
     return {**data, **dict(zip(_DERIVED, derived, strict=True))}
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..routing import RECORDED, recorded
 from .plots import plot_all
 from .records import Record
 from .report import chapters, render, show
 from .run import Job, run
 from .workloads import Workload
 
-__all__ = ["bench_session"]
+__all__ = ["bench_session", "plot_records", "print_records"]
 
 
 def bench_session(job: Job, out: str) -> int:
@@ -34,21 +35,27 @@ def bench_session(job: Job, out: str) -> int:
     finally:
         job.writer.close()
     if found:
-        _print(job, found, out)
+        print_records(found, out, job.options.mode)
     if found and job.options.plot is not None and code == 0:
-        counts = {w.distribution.name: list(w.distribution.counts) for w in job.workloads}
-        for path in plot_all(found, counts, job.options.plot):
-            console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+        plot_records(found, {w.distribution.name: w.distribution.counts for w in job.workloads}, job.options.plot)
     return code or int(any(r.status == "WRONG" for r in found))
 
 
-def _print(job: Job, found: list[Record], out: str) -> None:
-    mode = "full" if job.options.mode == "full" else "summary"
+def print_records(found: Sequence[Record], out: str, mode: str) -> None:
+    """The report of records on stdout."""
     if out == "table":
-        show(chapters(found, mode), Console())
+        show(chapters(found, mode), Console())  # type: ignore[arg-type]
         return
     sys.stdout.write(str(render(found, out, mode)))  # type: ignore[arg-type]
     sys.stdout.write("" if out in ("csv", "json") else "\n")
+
+
+def plot_records(found: Sequence[Record], counts: Mapping[str, Sequence[int]], directory: str) -> None:
+    """PNG files of records; the counts of recorded distributions are known, others come with the run."""
+    known = {r.distribution: recorded(r.distribution).counts for r in found
+             if r.distribution in RECORDED and r.scaled is None}  # fmt: skip
+    for path in plot_all(found, {**known, **counts}, directory):
+        Console(stderr=True).print(f"plot: {path}", highlight=False, soft_wrap=True)
 
 
 class _Progress:

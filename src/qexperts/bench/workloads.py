@@ -6,14 +6,12 @@ import dataclasses
 
 import torch
 
-from ..formats import FORMATS, QuantWeight, WeightFormat, check_group_size, check_sizes
-from ..plan import TokenPlan
+from ..formats import FORMATS, WeightFormat, check_group_size, check_sizes
 from ..quantize import quantize
-from ..reference import grouped_gemm_reference
 from ..routing import Distribution
-from ..testing import peer_gemm
+from ..testing import Inputs
 
-__all__ = ["DTYPES", "PROJECTIONS", "Tensors", "Workload", "decode_distribution"]
+__all__ = ["DTYPES", "PROJECTIONS", "Workload", "decode_distribution", "make_inputs", "select_formats"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROJECTIONS = ((3072, 1536), (1536, 3072))  # (N, K) of the recorded workload's two projections
@@ -57,41 +55,20 @@ class Workload:
         return DTYPES[self.dtype]
 
 
-@dataclasses.dataclass(eq=False)
-class Tensors:
-    """A workload's tensors on a device, with the oracle's and the peer's results.
+def make_inputs(workload: Workload, device: torch.device) -> Inputs:
+    """A workload's tensors, made on the device: x standard normal, weights normal of variance 1/K.
 
-    Attributes:
-        x: [S, K]; standard normal.
-        weight: public layout, group scales in the activation dtype; from normal weights of variance 1/K.
-        counts: [E]; int32.
-        oracle: [S, N]; exact weights, fp64 (fp32 on a GPU).
-        peer: [S, N]; torch in the working dtype on the rounded weights.
+    Public layout, group scales in the activation dtype. One fp32 copy of one expert at a time.
     """
-
-    x: torch.Tensor
-    weight: QuantWeight
-    counts: torch.Tensor
-    plan: TokenPlan
-    oracle: torch.Tensor
-    peer: torch.Tensor
-
-    @classmethod
-    def make(cls, workload: Workload, device: torch.device) -> Tensors:
-        w, dist = workload, workload.distribution
-        generator = torch.Generator(device).manual_seed(w.seed)
-        shape = (dist.num_experts, w.n, w.k)
-        dense = torch.empty(shape, dtype=w.torch_dtype, device=device)
-        for expert in range(dist.num_experts):  # one fp32 copy of one expert at a time
-            one = torch.randn(shape[1:], generator=generator, device=device)
-            dense[expert] = one.mul_(w.k**-0.5)
-        weight = quantize(dense, w.format, group_size=w.group_size)
-        del dense
-        x = torch.randn(dist.total_tokens, w.k, generator=generator, device=device).to(w.torch_dtype)
-        counts = torch.tensor(dist.counts, dtype=torch.int32, device=device)
-        plan = TokenPlan.from_counts(counts, dist.total_tokens)
-        oracle = grouped_gemm_reference(x, weight, dist.counts)
-        return cls(x, weight, counts, plan, oracle, peer_gemm(x, weight, dist.counts))
+    w, dist = workload, workload.distribution
+    generator = torch.Generator(device).manual_seed(w.seed)
+    dense = torch.empty((dist.num_experts, w.n, w.k), dtype=w.torch_dtype, device=device)
+    for expert in range(dist.num_experts):
+        dense[expert] = torch.randn((w.n, w.k), generator=generator, device=device).mul_(w.k**-0.5)
+    weight = quantize(dense, w.format, group_size=w.group_size)
+    del dense
+    x = torch.randn(dist.total_tokens, w.k, generator=generator, device=device).to(w.torch_dtype)
+    return Inputs.of(x, weight, dist.counts)
 
 
 def decode_distribution(batch: int, top_k: int, num_experts: int, seed: int) -> Distribution:
