@@ -320,7 +320,8 @@ class TestTerminal:
         text = printed(self.RECORDS, mode, width)
         assert max(len(line.rstrip()) for line in text.splitlines()) <= width
         assert "…" not in text and "..." not in text
-        for number in ("2.500", "3.20x", "2.200", "1.250" if mode == "summary" else "8.000"):
+        more = ("1.250",) if mode == "summary" and width == 120 else ()
+        for number in ("2.500", "3.20x", "2.200", "8.000", *more):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", text), number
         assert "left out to fit" in text
 
