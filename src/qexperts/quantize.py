@@ -194,7 +194,8 @@ def _quantize_blocks(
     exact = scale.float()
     if fmt.kind == "fp8":
         return (blocks / exact).clamp_(-q, q).to(fmt.storage), scale, exact
-    zero = torch.round(-lo / exact).clamp_(fmt.code_min, fmt.code_max) if fmt.asym else torch.zeros_like(exact)
+    # abs turns the -0 of a group without negative weights into 0, which clamp does on the CPU only
+    zero = torch.round(-lo / exact).clamp_(fmt.code_min, fmt.code_max).abs_() if fmt.asym else torch.zeros_like(exact)
     code_min = -fmt.code_max if fmt.bits == 8 and not fmt.asym else fmt.code_min  # int8_sym stays within +-127
     code = (torch.round(blocks / exact) + zero).clamp_(code_min, fmt.code_max)
     return code.to(torch.int16), scale, zero
