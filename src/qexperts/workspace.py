@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import weakref
 
 import torch
 
@@ -24,8 +25,25 @@ class _Kept:
     high_water: int = 0
 
 
+class _Owner:
+    """What one host thread keeps, by (device, stream); freed with the thread."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.device, int], _Kept] = {}
+
+
 _lock = threading.Lock()
-_kept: dict[tuple[torch.device, int, int], _Kept] = {}
+_local = threading.local()
+_owners: weakref.WeakSet[_Owner] = weakref.WeakSet()
+
+
+def _owner() -> _Owner:
+    owner = getattr(_local, "owner", None)
+    if owner is None:
+        owner = _local.owner = _Owner()
+        with _lock:
+            _owners.add(owner)
+    return owner
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -66,8 +84,7 @@ def arena(device: torch.device) -> Arena:
     if is_capturing(device):
         return Arena(device, None)
     stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
-    with _lock:
-        kept = _kept.setdefault((device, stream, threading.get_ident()), _Kept())
+    kept = _owner().kept.setdefault((device, stream), _Kept())
     if kept.high_water > (0 if kept.buffer is None else kept.buffer.numel()):
         kept.buffer = None  # free the old one first: the two need not fit side by side
         kept.buffer = torch.empty(kept.high_water, dtype=torch.uint8, device=device)
@@ -77,10 +94,12 @@ def arena(device: torch.device) -> Arena:
 def clear_workspaces() -> None:
     """Release every kept buffer (not those that belong to captured graphs)."""
     with _lock:
-        _kept.clear()
+        for owner in _owners:
+            owner.kept.clear()
 
 
 def workspace_bytes() -> int:
     """Bytes kept right now, over all devices, streams and threads."""
     with _lock:
-        return sum(k.buffer.numel() for k in _kept.values() if k.buffer is not None)
+        kept = [k for owner in _owners for k in list(owner.kept.values())]
+    return sum(k.buffer.numel() for k in kept if k.buffer is not None)
