@@ -79,6 +79,7 @@ def test_decode_and_compare_errors(tmp_path: Path) -> None:
     for arguments, expected in (
         (["bench", "decode", "--top-k", "300"], "--top-k 300"),
         (["bench", "decode", "--batch-sizes", "0"], "--batch-sizes 0"),
+        (["bench", "decode", "--experts", "0"], "0, the number of experts"),
         (["compare", "none.jsonl", "none.jsonl"], "none.jsonl"),
         (["compare", "other.jsonl", "other.jsonl"], "other.jsonl:1"),
         (["nonsense"], "nonsense"),

@@ -141,9 +141,11 @@ def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:
 def _decode(o: BenchOptions, scaled: bool) -> list[Workload]:
     if o.distribution is not None or o.tokens is not None:
         raise ValueError("bench decode: rows come from --batch-sizes and --top-k, not from a distribution")
-    experts = o.experts or (CPU_EXPERTS if scaled else DECODE_EXPERTS)
+    experts = o.experts
+    if experts is None:
+        experts = CPU_EXPERTS if scaled else DECODE_EXPERTS
     if not 1 <= o.top_k <= experts:
-        raise ValueError(f"--top-k {o.top_k}: expected 1..{experts}, the number of experts")
+        raise ValueError(f"--top-k {o.top_k}: expected 1 to {experts}, the number of experts")
     note = f"{CPU_EXPERTS} experts instead of {DECODE_EXPERTS}; N and K divided by {CPU_DIVISOR}" if scaled else None
     found = []
     for batch in _integers("--batch-sizes", o.batch_sizes):
