@@ -104,7 +104,7 @@ def test_recorded_launches_and_records(tmp_path: Path) -> None:
     for line in path.read_text().splitlines():
         fields = json.loads(line)
         assert set(REQUIRED.split()) <= fields.keys()
-        assert fields["command"].startswith("qexperts bench prefill")
+        assert fields["command"].startswith("qexperts bench prefill") and "--save r.jsonl" in fields["command"]
     assert "238" in done.stdout and "pad_and_clip(256)" in done.stdout
 
 

@@ -58,10 +58,17 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "python": platform.python_version(),
         "qexperts": __version__,
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).parent.name if sys.argv[0].endswith("__main__.py") else "qexperts",
-                               *sys.argv[1:]]),
+        "command": shlex.join(["qexperts", *(_portable(argument) for argument in sys.argv[1:])]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
+
+
+def _portable(argument: str) -> str:
+    """An argument as it may be published: of absolute paths only the name."""
+    option, equals, value = argument.partition("=")
+    if equals and os.path.isabs(value):
+        return f"{option}={Path(value).name}"
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _version(package: str) -> str | None:
