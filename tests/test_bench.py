@@ -46,7 +46,7 @@ def test_every_candidate_passes_the_gate(fmt: str, dtype: str) -> None:
     assert len(records) == len(candidates)
     assert [r.status for r in records] == ["ok"] * len(candidates), [r.reason for r in records]
     assert all(len(r.samples_ms) == 2 and r.median_ms > 0 and r.floor_ms > 0 for r in records)
-    assert all(r.plan_ms is not None for r in records if r.strategy != "auto")
+    assert all((r.plan_ms is not None) == (r.api == "raw") for r in records)
 
 
 def test_candidates_cover_the_design() -> None:
@@ -63,6 +63,28 @@ def test_candidates_cover_the_design() -> None:
     assert {c.scope for c in enumerate_candidates(workload("bf16"), CPU, STRATEGIES, ["raw"])} == {"base mm"}
     gpu = enumerate_candidates(workload(), torch.device("cuda"), STRATEGIES, ["raw"])
     assert any(c.graph and c.strategy == Strategy("per_expert") for c in gpu)
+
+
+def test_equal_work_is_measured_once() -> None:
+    many = [*parse_strategy("pad_and_clip", (2, 7, 9, 64)), Strategy("full_pad"), Strategy("grouped")]
+    names = {str(c.strategy) for c in enumerate_candidates(workload(), CPU, many, ["raw"])}
+    assert names == {"pad_and_clip(2)", "full_pad", "grouped"}
+    names = {str(c.strategy) for c in enumerate_candidates(workload(), CPU, many[:4], ["raw"])}
+    assert names == {"pad_and_clip(2)", "pad_and_clip(7)"}
+
+
+def test_running_out_of_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy(providers.DenseGemm):
+        def one(self, x, expert, out):  # type: ignore[no-untyped-def]
+            def run() -> None:
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GiB")
+
+            return [dataclasses.replace(super().one(x, expert, out)[0], run=run)]
+
+    monkeypatch.setattr(providers, "DenseGemm", Greedy)
+    candidates = [Candidate(Strategy("per_expert"), "base mm"), Candidate(Strategy("grouped"), "base mm")]
+    records = list(measure_workload(workload(), candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [r.status for r in records] == ["unsupported", "ok"] and "2 GiB" in (records[0].reason or "")
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +178,8 @@ def test_rounds_interleave() -> None:
     order: list[int] = []
     samples: list[list[float]] = [[], [], []]
     Sampler(CPU).rounds([lambda i=i: order.append(i) for i in range(3)], 2, samples)
-    assert order == [0, 1, 2, 0, 1, 2, 1, 2, 0]
+    rounds = [order[i : i + 3] for i in range(0, 9, 3)]  # a warm-up in order, then a new order each round
+    assert rounds[0] == [0, 1, 2] and all(sorted(r) == [0, 1, 2] for r in rounds) and rounds[1] != rounds[2]
     assert [len(s) for s in samples] == [2, 2, 2]
 
 

@@ -49,6 +49,10 @@ BAD = {
     "api": (["--api", "raw,cooked"], ["raw,cooked"]),
     "rounds": (["--rounds", "0"], ["--rounds 0"]),
     "device": (["--device", "nonsense"], ["nonsense"]),
+    "device without data": (["--device", "meta"], ["meta"]),
+    "save over something else": (["--save", "text.json"], ["text.json:1", "record"]),
+    "seed": (["--seed", str(10**22)], ["--seed"]),
+    "top-k": (["--top-k", "0"], ["--top-k 0"]),
     "dtype against format": (["--dtype", "fp16", "--formats", "bf16"], ["bf16", "fp16"]),
     "unknown option": (["--bogus"], ["--bogus"]),
     "choice": (["--out", "xml"], ["xml", "json"]),
@@ -76,12 +80,14 @@ def test_bad_options_end_in_one_line_and_2(name: str, tmp_path: Path) -> None:
 
 def test_decode_and_compare_errors(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     for arguments, expected in (
         (["bench", "decode", "--top-k", "300"], "--top-k 300"),
         (["bench", "decode", "--batch-sizes", "0"], "--batch-sizes 0"),
         (["bench", "decode", "--experts", "0"], "0, the number of experts"),
         (["compare", "none.jsonl", "none.jsonl"], "none.jsonl"),
         (["compare", "other.jsonl", "other.jsonl"], "other.jsonl:1"),
+        (["show", "binary.jsonl"], "binary.jsonl: not UTF-8"),
         (["nonsense"], "nonsense"),
     ):
         done = qexperts(*arguments, cwd=tmp_path)
@@ -158,7 +164,7 @@ def test_wrapper_api_times_planning_and_the_public_call() -> None:
 
 def test_show_repeats_the_report_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    arguments = ["bench", "prefill", *TINY, "--formats", "int4_sym,bf16", "--save", str(path)]
+    arguments = ["bench", "prefill", *TINY, "--formats", "int4_sym,bf16", "--save", str(path), "--thresholds", "2,4"]
     run = qexperts(*arguments, "--out", "csv")
     done = qexperts("show", str(path), "--out", "csv", "--plot", str(tmp_path / "plots"))
     assert done.returncode == 0 and done.stdout == run.stdout
@@ -170,7 +176,9 @@ def test_show_repeats_the_report_of_a_run(tmp_path: Path) -> None:
 
 
 def test_plots(tmp_path: Path) -> None:
-    done = qexperts("bench", "prefill", *TINY, "--formats", "int4_sym", "--plot", str(tmp_path / "plots"))
+    done = qexperts(
+        "bench", "prefill", *TINY, "--formats", "int4_sym", "--thresholds", "2,4,8", "--plot", str(tmp_path / "plots")
+    )
     assert done.returncode == 0, done.stderr
     pictures = list((tmp_path / "plots").glob("*.png"))
     assert len(pictures) >= 3 and all(p.stat().st_size > 5000 for p in pictures)

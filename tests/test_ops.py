@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import qexperts
 from qexperts import (
     FORMATS,
     Problem,
@@ -483,3 +484,47 @@ def test_support_table(fmt: str, dtype: torch.dtype) -> None:
     for backend in {answer.backend for answer in answers if answer.ok}:
         got = grouped_gemm(inputs.x, inputs.weight, inputs.plan, backend=backend)
         assert_no_worse(got, inputs.oracle, inputs.peer)
+
+
+def test_column_scales_apply_to_the_fp32_sum() -> None:
+    """100 * 100 * 64 overflows fp16; times 1e-3 it is 640."""
+    x = torch.full((3, 64), 100.0, dtype=torch.float16)
+    w = torch.full((2, 64, 16), 100.0, dtype=torch.float16)
+    y = qexperts.moe_gemm(x, w, torch.tensor([1, 2], dtype=torch.int32), scales=torch.full((2, 16), 1e-3))
+    assert torch.equal(y, torch.full((3, 16), 640.0, dtype=torch.float16))
+
+
+def test_fp32_activations_of_moe_gemm_on_the_cpu() -> None:
+    x, w = torch.randn(3, 64), torch.randn(2, 64, 16).bfloat16()
+    y = qexperts.moe_gemm(x, w, torch.tensor([1, 2], dtype=torch.int32))
+    torch.testing.assert_close(y, torch.cat([x[:1] @ w[0].float(), x[1:] @ w[1].float()]))
+
+
+def test_a_weight_is_moved_but_never_cast() -> None:
+    weight = qexperts.quantize(torch.randn(2, 16, 32), "int8_sym", group_size=16)
+    assert torch.equal(weight.to("cpu").codes, weight.codes)
+    with pytest.raises(ValueError, match=r"QuantWeight.to: torch.bfloat16; expected a device"):
+        weight.to(torch.bfloat16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scales"):
+        weight.with_tensors(weight.codes, weight.codes)
+
+
+def test_quantize_keeps_no_graph() -> None:
+    w = torch.nn.Parameter(torch.randn(2, 16, 32))
+    for name in qexperts.FORMATS:
+        weight = qexperts.quantize(w, name, group_size=16)
+        assert not any(t.requires_grad for t in (weight.codes, weight.scales, weight.zeros) if t is not None)
+        assert not qexperts.dequantize(weight).requires_grad
+
+
+def test_gradients_once_and_of_the_weight_that_was_used() -> None:
+    x = torch.randn(3, 32, requires_grad=True)
+    weight = qexperts.quantize(torch.randn(2, 16, 32), "int8_sym", group_size=16)
+    plan = qexperts.TokenPlan.from_counts(torch.tensor([1, 2]), 3)
+    (dx,) = torch.autograd.grad(qexperts.grouped_gemm(x, weight, plan).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    y = qexperts.grouped_gemm(x, weight, plan)
+    weight.codes.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

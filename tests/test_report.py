@@ -24,7 +24,8 @@ def record(ms: float | None = 1.0, **changes: Any) -> Record:
     """int4_sym, 238 launches in `ms`; 1e12 FLOP and 1e9 bytes, so 1 ms is 1,000 TFLOP/s and 1,000 GB/s."""
     values: dict[str, Any] = {
         "kind": "prefill", "distribution": "recorded", "scaled": None, "num_experts": 256, "active_experts": 238,
-        "total_tokens": 31_440, "max_tokens": 2_491, "n": 3072, "k": 1536, "group_size": 128, "format": "int4_sym",
+        "total_tokens": 31_440, "max_tokens": 2_491, "num_tokens_per_expert": [2_491, 28_949],
+        "n": 3072, "k": 1536, "group_size": 128, "format": "int4_sym",
         "dtype": "bf16", "seed": 0, "provider": "torch", "strategy": "per_expert", "threshold": None,
         "scope": "base+deq", "gather": None, "graph": False, "api": "raw", "weight_layout": "public",
         "launches": 238, "dequant_launches": 238, "error": 2.1e-3, "flop": 10**12, "mandatory_bytes": 10**9,

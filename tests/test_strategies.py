@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qexperts import FORMATS, QuantWeight, TokenPlan, dequantize, quantize
 from qexperts.backends.torch_backend import DenseGemm, DequantGemm
-from qexperts.quantize import dequantize_into, dequantize_launches
+from qexperts.quantize import dequantize_into, dequantize_steps
 from qexperts.reference import grouped_gemm_reference
 from qexperts.routing import recorded
 from qexperts.strategies import Gemm, Schedule, Step, Strategy, parse_strategy
@@ -286,7 +286,7 @@ def test_launches_of_a_dequantization_are_counted(
     dequantize_into(out, weight)  # whatever happens only once
     with watching() as seen:
         dequantize_into(out, weight)
-    assert sum(seen.seen.values()) == dequantize_launches(weight, dtype), dict(seen.seen)
+    assert sum(seen.seen.values()) == sum(n for _, n in dequantize_steps(out, weight)), dict(seen.seen)
 
 
 def test_nothing_is_read_on_the_host_after_planning() -> None:

@@ -153,3 +153,26 @@ def test_an_arena_over_a_callers_buffer() -> None:
 
 def test_a_cpu_never_captures() -> None:
     assert not is_capturing(CPU)
+
+
+def test_a_failed_allocation_costs_nothing_later() -> None:
+    clear_workspaces()
+    with pytest.raises(RuntimeError):
+        arena(torch.device("cpu")).take((2**44,), torch.uint8)
+    for _ in range(2):
+        assert arena(torch.device("cpu")).take((64,), torch.float32).shape == (64,)
+    assert workspace_bytes() == 256
+
+
+def test_a_buffer_that_cannot_grow_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_workspaces()
+    arena(torch.device("cpu")).take((1024,), torch.uint8)
+    real = torch.empty
+
+    def tight(*shape: object, **options: object) -> torch.Tensor:
+        if shape == (1024,):
+            raise RuntimeError("no room")
+        return real(*shape, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", tight)
+    assert arena(torch.device("cpu")).take((16,), torch.uint8).shape == (16,)

@@ -111,7 +111,7 @@ def show(files: tuple[str, ...], mode: str, out: str, plot: str | None) -> None:
         raise ValueError(f"{', '.join(files)}: no records")
     print_records(found, out, mode)
     if plot is not None:
-        plot_records(found, {}, plot)
+        plot_records(found, plot)
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -80,7 +81,7 @@ def get_format(name: str | WeightFormat) -> WeightFormat:
     if isinstance(name, WeightFormat):
         return name
     if name not in FORMATS:
-        raise ValueError(f"unknown weight format {name!r}; known formats: {', '.join(FORMATS)}")
+        raise ValueError(f"format: {name!r} is unknown; expected one of {', '.join(FORMATS)}.")
     return FORMATS[name]
 
 
@@ -151,13 +152,21 @@ class QuantWeight:
         return self._map(lambda t: index_experts(t, experts))
 
     def with_tensors(self, *tensors: torch.Tensor) -> QuantWeight:
-        """The same kind of weight over other tensors: codes, then scales and zeros as far as this weight has them."""
+        """The same kind of weight over other tensors: codes, then scales and zeros as far as this weight has them.
+
+        Raises: ValueError if they do not fit each other.
+        """
         it = iter(tensors)
-        return self._map(lambda t: next(it))
+        mapped = self._map(lambda t: next(it))
+        _check(mapped)
+        return mapped
 
     def to(self, device: torch.device | str) -> QuantWeight:
         """The same weight on another device; dtypes stay as they are."""
-        return self._map(lambda t: t.to(device))
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"QuantWeight.to: {device}; expected a device: casting codes would change the weight.")
+        target = torch.device(device)
+        return self._map(lambda t: t.to(target))
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> QuantWeight:
         """Apply fn to every tensor. The result has the same N and K, so it needs no second check."""
@@ -195,7 +204,7 @@ def scales_shape(layout: str, e: int, n: int, k: int, group_size: int | None) ->
 def check_group_size(where: str, fmt: WeightFormat, k: int, group_size: int | None) -> None:
     """Raise ValueError unless group_size divides K into whole bytes of codes."""
     unit = fmt.codes_per_byte
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+    if not isinstance(group_size, numbers.Integral) or isinstance(group_size, bool) or group_size < 1:
         raise ValueError(f"{where}: group_size is {group_size!r}; expected a positive integer that divides K={k}.")
     if k % group_size:
         raise ValueError(f"{where}: K={k} is not a multiple of group_size={group_size}; use a divisor of K, or K.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from .backends import Backend, Problem, select
 from .formats import FORMATS, QuantWeight
@@ -73,10 +76,11 @@ def moe_gemm(
         y[r] = (x[r] @ w[e(r)]) * scales[e(r)]
 
     Args:
-        activations: [total_tokens, K]; bf16 or fp16; sorted by expert; any row stride.
-        weights: [E, K, N]; dtype of the activations.
+        activations: [total_tokens, K]; bf16 or fp16, on the CPU also fp32; sorted by expert; any row stride.
+        weights: [E, K, N]; bf16 or fp16, the dtype of the activations unless those are fp32.
         num_tokens_per_expert: [E]; int32 (int64 is cast on the device); sums to total_tokens.
-        scales: [E, N]; bf16, fp16 or fp32; multiplies output column n of expert e; default none.
+        scales: [E, N]; bf16, fp16 or fp32; multiplies output column n of expert e; default none. Applied to the fp32
+            sum; only bf16 on a GPU with one grouped mm has it rounded to bf16 first, where torch gives no other.
     Returns: [total_tokens, N]; dtype of the activations; fp32 accumulation.
     Raises: ValueError for a mismatch; on the CPU also if the counts do not add up.
 
@@ -84,10 +88,10 @@ def moe_gemm(
     """
     where = "moe_gemm"
     _check_3d(where, weights, "[E, K, N]")
-    if weights.dtype != activations.dtype or weights.dtype not in _FLOAT:
+    if weights.dtype not in _FLOAT or activations.dtype not in (weights.dtype, torch.float32):
         raise ValueError(
-            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; both must be bf16, or both fp16. "
-            f"Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
+            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; expected bf16 or fp16 weights in "
+            f"the dtype of the activations. Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
         )
     x = _check_activations(where, activations, weights.shape[1], weights.device)
     weight = _weight(where, weights.mT, None, None, _FLOAT[weights.dtype], None)
@@ -102,7 +106,7 @@ def moe_gemm(
         )
     _check_device(where, "scales", scales, x.device)
     _check_no_grad(where, scales=scales)
-    y = _run(where, x, weight, plan)
+    y = _run(where, x, weight, plan, wide=True)  # fp32, so that large sums times small scales do not overflow fp16
     column_scales = scales.index_select(0, plan.row_expert().clamp(max=weight.E - 1))  # [S, N]
     return (y * column_scales).to(x.dtype)
 
@@ -236,7 +240,8 @@ def clear_moe_prefill_workspace_cache() -> None:
 
 
 def _phase(plan: TokenPlan, threshold: int) -> str:
-    """ "decode" or "prefill". A backend whose phases differ in bits must decide on the device instead."""
+    """ "decode" or "prefill". On a GPU the counts stay unread: the torch backend's phases are bit-identical. One whose
+    phases differ has to decide on the device, between the shape rules."""
     s, e = plan.total_tokens, plan.num_experts
     if s <= threshold:
         return "decode"
@@ -252,27 +257,35 @@ def _run(
     plan: TokenPlan,
     backend: str = "auto",
     phase: str | None = None,
+    wide: bool = False,
 ) -> torch.Tensor:
-    chosen = select(Problem.of(where, x, weight, phase=phase), backend)
+    problem = Problem.of(where, x, weight, phase=phase, wide=wide)
+    chosen = select(problem, backend)
     if not torch.is_grad_enabled():
-        return chosen.run(x, weight, plan, False)
+        return chosen.run(problem, x, weight, plan)
     _check_no_grad(where, weights=weight.codes, scales=weight.scales, zeros=weight.zeros)
     if x.requires_grad:
-        return _GroupedGemm.apply(x, chosen, weight, plan)  # type: ignore[no-any-return]
-    return chosen.run(x, weight, plan, False)
+        return _GroupedGemm.apply(x, chosen, problem, weight, plan)  # type: ignore[no-any-return]
+    return chosen.run(problem, x, weight, plan)
 
 
 class _GroupedGemm(torch.autograd.Function):
-    """dx[r] = dy[r] @ dequantize(weight)[expert(r)]: adapters on frozen experts."""
+    """dx[r] = dy[r] @ dequantize(weight)[expert(r)]: adapters on frozen experts. Differentiable once."""
 
     @staticmethod
-    def forward(ctx, x, backend: Backend, weight: QuantWeight, plan: TokenPlan):  # type: ignore[no-untyped-def]
-        ctx.backend, ctx.weight, ctx.plan = backend, weight, plan
-        return backend.run(x, weight, plan, False)
+    def forward(ctx, x, backend: Backend, problem: Problem, weight: QuantWeight, plan: TokenPlan):  # type: ignore[no-untyped-def]
+        tensors = [t for t in (weight.codes, weight.scales, weight.zeros) if t is not None]
+        ctx.save_for_backward(*tensors)  # so that a weight changed before the backward is noticed
+        ctx.backend, ctx.problem, ctx.weight, ctx.plan = backend, problem, weight, plan
+        return backend.run(problem, x, weight, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return ctx.backend.run(dy.contiguous(), ctx.weight, ctx.plan, True), None, None, None
+        weight = ctx.weight.with_tensors(*ctx.saved_tensors)
+        problem = dataclasses.replace(ctx.problem, backward=True, wide=False)
+        dx = ctx.backend.run(problem, dy.to(problem.dtype).contiguous(), weight, ctx.plan)
+        return dx, None, None, None, None
 
 
 def _check_packed(
@@ -314,7 +327,7 @@ def _format_name(where: str, activations: torch.Tensor, weights: torch.Tensor, w
         if asym:
             raise ValueError(f"{where}: asym=True with {weights.dtype} weights; FP8 has no zero points, drop it.")
         return _FP8[weights.dtype]
-    if weight_bits not in (2, 4, 8, 16) or isinstance(weight_bits, bool):
+    if not isinstance(weight_bits, int) or weight_bits not in (2, 4, 8, 16):
         raise ValueError(f"{where}: weight_bits is {weight_bits!r}; expected 2, 4, 8 or 16.")
     if weight_bits < 16:
         return f"int{weight_bits}_{'asym' if asym else 'sym'}"
@@ -387,6 +400,10 @@ def _weight(
 
 
 def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> TokenPlan:
+    if not isinstance(counts, torch.Tensor):
+        raise ValueError(
+            f"{where}: num_tokens_per_expert is a {type(counts).__name__}; expected a tensor [E] = ({weight.E},) int32."
+        )
     if counts.ndim != 1 or counts.shape[0] != weight.E or counts.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{where}: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] = ({weight.E},) "

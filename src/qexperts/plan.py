@@ -55,7 +55,7 @@ class TokenPlan:
         if total_tokens < 0:
             raise ValueError(f"TokenPlan: total_tokens is {total_tokens}; expected at least 0.")
         if counts.device.type == "cpu":
-            check_tokens(counts, total_tokens)
+            _check_sum("TokenPlan", counts, total_tokens)
         ends = counts.clamp(0, total_tokens).cumsum(0, dtype=torch.int64).clamp_(max=total_tokens)
         offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
         return cls(offsets.diff(), offsets, total_tokens)
@@ -106,6 +106,8 @@ class TokenPlan:
 
 
 def _check_counts(where: str, counts: torch.Tensor) -> None:
+    if not isinstance(counts, torch.Tensor):
+        raise ValueError(f"{where}: num_tokens_per_expert is a {type(counts).__name__}; expected a tensor [E] int32.")
     if counts.ndim != 1 or counts.dtype not in (torch.int32, torch.int64) or counts.shape[0] < 1:
         raise ValueError(
             f"{where}: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] int32, E >= 1."
@@ -120,14 +122,18 @@ def check_tokens(num_tokens_per_expert: torch.Tensor, total_tokens: int) -> None
         total_tokens: rows of the activations.
     """
     _check_counts("check_tokens", num_tokens_per_expert)
+    _check_sum("check_tokens", num_tokens_per_expert, total_tokens)
+
+
+def _check_sum(where: str, num_tokens_per_expert: torch.Tensor, total_tokens: int) -> None:
     counts = num_tokens_per_expert.tolist()
     for expert, count in enumerate(counts):
         if count < 0:
-            raise ValueError(f"num_tokens_per_expert[{expert}] is {count}; expected a count of at least 0.")
+            raise ValueError(f"{where}: num_tokens_per_expert[{expert}] is {count}; expected a count of at least 0.")
     if sum(counts) != total_tokens:
         raise ValueError(
-            f"num_tokens_per_expert sums to {sum(counts)} over {len(counts)} experts; expected {total_tokens}, the "
-            f"rows of the activations. Sort the rows by expert and count them anew."
+            f"{where}: num_tokens_per_expert sums to {sum(counts)} over {len(counts)} experts; expected "
+            f"{total_tokens}, the rows of the activations. Sort the rows by expert and count them anew."
         )
 
 

@@ -5,7 +5,7 @@ Index glossary: E experts, N outputs, K contraction, G group size, C codes per b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,7 +21,7 @@ from .formats import (
     scales_shape,
 )
 
-__all__ = ["dequantize", "dequantize_into", "dequantize_launches", "pack", "quantize", "unpack"]
+__all__ = ["dequantize", "dequantize_into", "dequantize_steps", "pack", "quantize", "unpack"]
 
 # Divisor of each quantizer: the code that the largest magnitude (sym, fp8) or the whole range (asym) maps to.
 _FP8_LIMIT = {"fp8_e4m3": 464.0, "fp8_e5m2": 61440.0}  # the midpoint above the largest finite code
@@ -57,7 +57,7 @@ def unpack(codes: torch.Tensor, format: str | WeightFormat) -> torch.Tensor:
     fmt = _integer_format("unpack", format)
     if codes.dtype != torch.uint8:
         raise ValueError(f"unpack({fmt.name}): codes is {codes.dtype}; expected torch.uint8.")
-    fields = [_field(codes, fmt, j).to(torch.int16) for j in range(fmt.codes_per_byte)]
+    fields = [_field_step(codes, fmt, j)[0]().to(torch.int16) for j in range(fmt.codes_per_byte)]
     return fields[0] if len(fields) == 1 else torch.stack(fields, -1).flatten(-2)
 
 
@@ -68,16 +68,24 @@ def _integer_format(where: str, format: str | WeightFormat) -> WeightFormat:
     return fmt
 
 
-def _field(codes: torch.Tensor, fmt: WeightFormat, j: int) -> torch.Tensor:
-    """Code j of every byte, as uint8 (asym) or sign-extended int8 (sym)."""
-    high = fmt.bits * (j + 1)
+def _field_step(codes: torch.Tensor, fmt: WeightFormat, j: int) -> tuple[Callable[[], torch.Tensor], int]:
+    """Code j of every byte as uint8 (asym) or sign-extended int8 (sym), and the operations it takes."""
+    low, high = fmt.bits * j, fmt.bits * (j + 1)
+    if fmt.bits == 8:
+        view = codes if fmt.asym else codes.view(torch.int8)
+        return lambda: view, 0
     if fmt.asym:
-        shifted = codes >> (fmt.bits * j) if j else codes
-        return shifted & ((1 << fmt.bits) - 1) if high < 8 else shifted
-    shifted = (codes << (8 - high) if high < 8 else codes).view(torch.int8)
-    return shifted >> (8 - fmt.bits) if fmt.bits < 8 else shifted
+        mask = (1 << fmt.bits) - 1
+        if high == 8:
+            return lambda: codes >> low, 1
+        return (lambda: codes & mask, 1) if low == 0 else (lambda: (codes >> low) & mask, 2)
+    if high == 8:
+        signed = codes.view(torch.int8)
+        return lambda: signed >> low, 1
+    return lambda: (codes << (8 - high)).view(torch.int8) >> (8 - fmt.bits), 2
 
 
+@torch.no_grad()
 def quantize(
     w: torch.Tensor,
     format: str | WeightFormat,
@@ -220,41 +228,32 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.T
     """
     if dtype is None:
         dtype = weight.scales.dtype if weight.scales is not None else weight.codes.dtype
+    if dtype not in (*SCALE_DTYPES, torch.float64):
+        raise ValueError(f"dequantize: dtype is {dtype}; expected fp16, bf16, fp32 or fp64.")
     out = torch.empty(weight.E, weight.N, weight.K, dtype=dtype, device=weight.device)
     if _k_is_strided(weight):
         out = torch.empty(weight.E, weight.K, weight.N, dtype=dtype, device=weight.device).mT
     return dequantize_into(out, weight)
 
 
+@torch.no_grad()
 def dequantize_into(out: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
     """`dequantize` into out: [E, N, K]; any floating dtype; every element is written. Returns out."""
-    if weight.weight_layout != "public":
-        raise ValueError("dequantize: the weight is in a prepared layout; undo the preparation first.")
-    if not weight.format.quantized:
-        return out.copy_(weight.codes)
-    for start, stop in _chunks(weight, out):
-        _dequantize_chunk(out[start:stop], weight.experts(start, stop))
+    for run, _ in dequantize_steps(out, weight):
+        run()
     return out
 
 
-def dequantize_launches(weight: QuantWeight, dtype: torch.dtype) -> int:
-    """Device operations that `dequantize_into` issues for this weight and an out of dtype (a test counts them)."""
-    fmt = weight.format
-    if not fmt.quantized or weight.scales is None:
-        return 1
-    block = weight.scale_layout == "block128"
-    per_chunk = (2 if weight.K % BLOCK else 1) if block else 0  # spreading the scales
-    if fmt.kind == "fp8":
-        per_chunk += 2
-    elif fmt.asym:
-        per_chunk += {8: 0, 4: 2, 2: 6}[fmt.bits] + fmt.codes_per_byte + 1
-    else:
-        per_chunk += {8: 0, 4: 3, 2: 7}[fmt.bits] + fmt.codes_per_byte
-        if block:
-            per_chunk += 1
-        elif torch.promote_types(weight.scales.dtype, dtype) != weight.scales.dtype:
-            per_chunk += 1  # widening the scales
-    return per_chunk * len(list(_chunks(weight, weight.codes)))
+def dequantize_steps(out: torch.Tensor, weight: QuantWeight) -> list[tuple[Callable[[], object], int]]:
+    """`dequantize_into` as calls over fixed tensors, each with the number of device operations it issues."""
+    if weight.weight_layout != "public":
+        raise ValueError("dequantize: the weight is in a prepared layout; undo the preparation first.")
+    if not weight.format.quantized:
+        return [(lambda: out.copy_(weight.codes), 1)]
+    steps: list[tuple[Callable[[], object], int]] = []
+    for start, stop in _chunks(weight, out):
+        steps += _chunk_steps(out[start:stop], weight.experts(start, stop))
+    return steps
 
 
 def _k_is_strided(weight: QuantWeight) -> bool:
@@ -268,38 +267,56 @@ def _chunks(weight: QuantWeight, like: torch.Tensor) -> Iterator[tuple[int, int]
         yield start, min(start + step, weight.E)
 
 
-def _dequantize_chunk(out: torch.Tensor, weight: QuantWeight) -> None:
+def _chunk_steps(out: torch.Tensor, weight: QuantWeight) -> list[tuple[Callable[[], object], int]]:
     fmt, c = weight.format, weight.format.codes_per_byte
     assert weight.scales is not None  # a quantized QuantWeight has scales
-    scale, group = _per_group(weight.scales, weight)  # [E, N, K/group, 1]
+    scale, group, spread = _per_group(weight.scales, weight)  # [E, N, K/group, 1]
+    grouped = out.unflatten(2, (-1, group))
+    steps: list[tuple[Callable[[], object], int]] = []
+
+    def rescale() -> None:
+        grouped.mul_(scale())
+
     if fmt.kind == "fp8":
-        out.copy_(weight.codes)
-        out.unflatten(2, (-1, group)).mul_(scale)
-        return
-    fuse = not fmt.asym and weight.scale_layout != "block128"
-    if fuse:  # int8 times a 16-bit scale would be rounded to 16 bits, whatever out is
-        scale = scale.to(torch.promote_types(scale.dtype, out.dtype))
-    zero = _per_group(weight.zeros, weight)[0] if weight.zeros is not None else None
+        return [(lambda: out.copy_(weight.codes), 1), (rescale, 1 + spread)]
+    zero = _per_group(weight.zeros, weight)[0]() if weight.zeros is not None else None
+    fuse = zero is None and weight.scale_layout != "block128"
+    # int8 times a 16-bit scale would be rounded to 16 bits, whatever out is
+    wide = torch.promote_types(weight.scales.dtype, out.dtype)
     for j in range(c):
-        field = _field(weight.codes, fmt, j)
+        field, ops = _field_step(weight.codes, fmt, j)
         target = out[..., j::c]
-        if fuse:  # int8 times scale, rounded once into place: one pass
-            torch.mul(field.unflatten(2, (-1, group // c)), scale, out=target.unflatten(2, (-1, group // c)))
-        elif zero is not None:  # at most 9 bits: exact in every dtype
-            torch.sub(field.unflatten(2, (-1, group // c)), zero, out=target.unflatten(2, (-1, group // c)))
+        split = target.unflatten(2, (-1, group // c)) if group % c == 0 else target
+
+        def fused(field=field, split=split) -> None:  # type: ignore[no-untyped-def]
+            torch.mul(field().unflatten(2, (-1, group // c)), scale().to(wide), out=split)  # one rounding, one pass
+
+        def shifted(field=field, split=split) -> None:  # type: ignore[no-untyped-def]
+            assert zero is not None
+            torch.sub(field().unflatten(2, (-1, group // c)), zero, out=split)  # at most 9 bits: exact in every dtype
+
+        def plain(field=field, target=target) -> None:  # type: ignore[no-untyped-def]
+            target.copy_(field())
+
+        if fuse:
+            steps.append((fused, ops + 1 + (wide != weight.scales.dtype)))
         else:
-            target.copy_(field)
-    if not fuse:
-        out.unflatten(2, (-1, group)).mul_(scale)
+            steps.append((plain if zero is None else shifted, ops + 1))
+    return steps if fuse else [*steps, (rescale, 1 + spread)]
 
 
-def _per_group(t: torch.Tensor, weight: QuantWeight) -> tuple[torch.Tensor, int]:
-    """Scales or zeros as [E, N or 1, K/group, 1] and the group they hold for."""
+def _per_group(t: torch.Tensor, weight: QuantWeight) -> tuple[Callable[[], torch.Tensor], int, int]:
+    """How to get scales or zeros as [E, N or 1, K/group, 1], the group they hold for, and the operations it takes."""
     if weight.scale_layout == "tensor":
-        return t.view(-1, 1, 1, 1), weight.K
-    if weight.scale_layout == "block128":
-        rows = t.repeat_interleave(BLOCK, 1)[:, : weight.N]
-        if weight.K % BLOCK == 0:
-            return rows.unsqueeze(-1), BLOCK
-        return rows.repeat_interleave(BLOCK, 2)[..., : weight.K].unsqueeze(-1), 1
-    return t.unsqueeze(-1), weight.group_size or weight.K
+        view = t.view(-1, 1, 1, 1)
+        return lambda: view, weight.K, 0
+    if weight.scale_layout != "block128":
+        view = t.unsqueeze(-1)
+        return lambda: view, weight.group_size or weight.K, 0
+    if weight.K % BLOCK == 0:
+        return lambda: t.repeat_interleave(BLOCK, 1)[:, : weight.N].unsqueeze(-1), BLOCK, 1
+
+    def by_element() -> torch.Tensor:
+        return t.repeat_interleave(BLOCK, 1)[:, : weight.N].repeat_interleave(BLOCK, 2)[..., : weight.K].unsqueeze(-1)
+
+    return by_element, 1, 2

@@ -90,11 +90,16 @@ class Schedule:
         """Rows computed beyond the useful ones (tile padding inside a kernel is the kernel's)."""
         return 0 if self.batch is None else self.batch.source.shape[0] - self.batch.rows.shape[0]
 
-    def bind(self, x: torch.Tensor, gemm: Gemm, out: torch.Tensor, take: Take) -> BoundSchedule:
-        """Fix the tensors: x [S, K], out [S, N], scratch from take. Issues no work."""
+    def bind(self, x: torch.Tensor, gemm: Gemm, out: torch.Tensor | None, take: Take) -> BoundSchedule:
+        """Fix the tensors: x [S, K], out [S, N], scratch from take. Issues no work.
+
+        A grouped schedule returns its own result and takes out=None: torch's grouped mm has no out=.
+        """
         steps: list[Step] = []
         if self.grouped:
-            return BoundSchedule(gemm.grouped(x, self.plan), None)  # torch's grouped mm takes no out=
+            return BoundSchedule(gemm.grouped(x, self.plan), None)
+        if out is None:
+            raise ValueError("Schedule.bind: out is None; only a grouped schedule makes its own result.")
         if self.batch is not None:
             steps += self._bind_batch(self.batch, x, gemm, out, take)
         for expert, start, stop in self.singles:

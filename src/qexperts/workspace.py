@@ -48,7 +48,10 @@ def _owner() -> _Owner:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` records a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class Arena:
@@ -71,12 +74,13 @@ class Arena:
         """A contiguous, uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         start, self.used = self.used, self.used + -(-size // _ALIGN) * _ALIGN
-        if self._kept is not None:
+        buffer = None if self._kept is None else self._kept.buffer
+        if buffer is not None and self.used <= buffer.numel():
+            return buffer[start : start + size].view(dtype).view(shape)
+        taken = torch.empty(shape, dtype=dtype, device=self._device)
+        if self._kept is not None:  # only what could be had is asked for again
             self._kept.high_water = max(self._kept.high_water, self.used)
-            buffer = self._kept.buffer
-            if buffer is not None and self.used <= buffer.numel():
-                return buffer[start : start + size].view(dtype).view(shape)
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        return taken
 
 
 def arena(device: torch.device) -> Arena:
@@ -87,7 +91,10 @@ def arena(device: torch.device) -> Arena:
     kept = _owner().kept.setdefault((device, stream), _Kept())
     if kept.high_water > (0 if kept.buffer is None else kept.buffer.numel()):
         kept.buffer = None  # free the old one first: the two need not fit side by side
-        kept.buffer = torch.empty(kept.high_water, dtype=torch.uint8, device=device)
+        try:
+            kept.buffer = torch.empty(kept.high_water, dtype=torch.uint8, device=device)
+        except RuntimeError:  # no room for the largest call so far: this one takes just what it needs
+            kept.high_water = 0
     return Arena(device, kept)
 
 

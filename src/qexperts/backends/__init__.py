@@ -25,6 +25,7 @@ class Problem:
         dtype: of the activations.
         phase: "decode" or "prefill" if the caller chose one, else None.
         backward: the gradient with respect to the activations instead of the result.
+        wide: the result is wanted in fp32, not rounded to the dtype of the activations if that can be helped.
     """
 
     where: str
@@ -41,10 +42,18 @@ class Problem:
     weight_layout: str = "public"
     phase: str | None = None
     backward: bool = False
+    wide: bool = False
 
     @classmethod
     def of(
-        cls, where: str, x: torch.Tensor, weight: QuantWeight, *, phase: str | None = None, backward: bool = False
+        cls,
+        where: str,
+        x: torch.Tensor,
+        weight: QuantWeight,
+        *,
+        phase: str | None = None,
+        wide: bool = False,
+        backward: bool = False,
     ) -> Problem:
         """The problem of multiplying x by weight."""
         return cls(
@@ -62,6 +71,7 @@ class Problem:
             weight_layout=weight.weight_layout,
             phase=phase,
             backward=backward,
+            wide=wide,
         )
 
     def __str__(self) -> str:
@@ -93,14 +103,12 @@ class Backend:
 
     Attributes:
         supports: problem -> (reason it cannot, or None; note; host sync).
-        run: x [S, K] or, backward, [S, N]; weight; plan; backward -> result.
-        bit_identical_phases: decode and prefill accumulate in the same order, so `auto` may go by shapes alone.
+        run: problem; x [S, K] or, backward, [S, N]; weight; plan -> result.
     """
 
     name: str
     supports: Callable[[Problem], tuple[str | None, str, bool]]
-    run: Callable[[torch.Tensor, QuantWeight, TokenPlan, bool], torch.Tensor]
-    bit_identical_phases: bool
+    run: Callable[[Problem, torch.Tensor, QuantWeight, TokenPlan], torch.Tensor]
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -108,7 +116,7 @@ class Backend:
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "torch": Backend("torch", torch_backend.supports, torch_backend.run, bit_identical_phases=True),
+    "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }
 
 

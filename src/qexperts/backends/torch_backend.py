@@ -2,7 +2,8 @@
 
     S == 0                           nothing
     CPU                              per_expert: dequantize an expert into the cache, multiply, next
-    S <= E                           gather the codes row by row, dequantize, one batched matmul
+    S <= E, if dequantization or     gather the codes row by row, dequantize, one batched matmul
+      copies would cost all experts
     sm_90, sm_100, bf16, E <= 1024   dequantize all experts, one grouped mm
     other GPUs, fp16                 per_expert, with one host sync: torch's grouped mm would loop on the host too
 
@@ -11,7 +12,6 @@ The way depends on shapes and dtypes alone, never on decode or prefill, so the t
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 
 from ..formats import QuantWeight, index_experts
 from ..plan import TokenPlan
-from ..quantize import dequantize_into, dequantize_launches
+from ..quantize import dequantize_into, dequantize_steps
 from ..strategies import Step, StepKind, Strategy, Take
 from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["DenseGemm", "DequantGemm", "compute_dtype", "grouped_mm", "has_grouped_mm", "run", "supports"]
+__all__ = ["DenseGemm", "DequantGemm", "compute_dtype", "grouped_mm", "no_grouped_mm", "run", "supports"]
 
 MAX_GROUPED_EXPERTS = 1024  # torch's grouped mm on CUDA: "Can't process more than 1024 groups"
 _ALIGN = 8  # bf16 elements in the 16 bytes that its strides must be multiples of
@@ -38,14 +38,21 @@ def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Te
     return function(x, w, offs=ends)
 
 
-def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies groups in one launch here, without reading the offsets on the host.
+def no_grouped_mm(device: torch.device, dtype: torch.dtype, num_experts: int) -> str | None:
+    """Why torch does not multiply groups in one launch here without reading the offsets on the host, or None.
 
     Measured with torch 2.11 on an H100: bf16 does; fp16 and fp32 take a loop that synchronises.
     """
-    if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "torch has a grouped mm in one launch on NVIDIA sm_90 and sm_100 only"
+    if dtype != torch.bfloat16:
+        return f"torch's grouped mm in one launch takes bf16 only, not {str(dtype).removeprefix('torch.')}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in (9, 10):
+        return f"torch has a grouped mm in one launch on sm_90 and sm_100 only, not sm_{major}{minor}"
+    if num_experts > MAX_GROUPED_EXPERTS:
+        return f"torch's grouped mm takes at most {MAX_GROUPED_EXPERTS} experts, not {num_experts}"
+    return None
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -118,7 +125,7 @@ class DequantGemm:
             self._one = self._dense(1)
         dense, weight = self._one, self._weight.experts(expert, expert + 1)
         w = self._operand(dense)[0]
-        return [self._dequant(dense, weight), Step("gemm", lambda: torch.mm(x, w, out=out))]
+        return [*self._dequant(dense, weight), Step("gemm", lambda: torch.mm(x, w, out=out))]
 
     def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
         weight = self._weight
@@ -134,7 +141,7 @@ class DequantGemm:
         w = self._operand(dense)
         return [
             Step("gather", gather, 2 * len(tensors)),
-            self._dequant(dense, selected),
+            *self._dequant(dense, selected),
             Step("gemm", lambda: torch.bmm(x, w, out=out)),
         ]
 
@@ -142,7 +149,7 @@ class DequantGemm:
         k = self._weight.K
         full = self._dense(self._weight.E, _round_up(k))
         dense = full[..., :k]
-        steps = [self._dequant(dense, self._weight)]
+        steps = self._dequant(dense, self._weight)
         if full.shape[2] != k:
             steps.append(Step("dequant", full[..., k:].zero_))
         return [*steps, *_grouped_steps(x, full, k, self._transposed, plan, self._take)]
@@ -157,8 +164,8 @@ class DequantGemm:
         return self._take((n_experts, n, k), self._dtype)
 
     @staticmethod
-    def _dequant(dense: torch.Tensor, weight: QuantWeight) -> Step:
-        return Step("dequant", lambda: dequantize_into(dense, weight), dequantize_launches(weight, dense.dtype))
+    def _dequant(dense: torch.Tensor, weight: QuantWeight) -> list[Step]:
+        return [Step("dequant", run, launches) for run, launches in dequantize_steps(dense, weight)]
 
 
 def _round_up(size: int) -> int:
@@ -193,7 +200,8 @@ def _grouped_steps(
     else:
         operand, width = stored.mT, stored.shape[2]
     steps: list[Step] = []
-    if x.shape[1] != width or not _aligned(x):
+    overlapping = x.shape[0] > 1 and x.stride(0) < x.shape[1]
+    if x.shape[1] != width or overlapping or not _aligned(x):
         padded = take((x.shape[0], _round_up(width)), x.dtype)[:, :width]
         steps = [_fill("pad", padded, x)]
         x = padded
@@ -205,11 +213,11 @@ def _grouped_steps(
 def _way(problem: Problem) -> str:
     if problem.device.type == "cpu":
         return "cpu"
-    if problem.S <= problem.E:
+    one_launch = no_grouped_mm(problem.device, problem.dtype, problem.E) is None
+    stored_as_is = not problem.format.quantized and problem.K % _ALIGN == 0
+    if problem.S <= problem.E and not (one_launch and stored_as_is):
         return "rows"
-    if has_grouped_mm(problem.device, problem.dtype) and problem.E <= MAX_GROUPED_EXPERTS:
-        return "grouped"
-    return "per_expert"
+    return "grouped" if one_launch else "per_expert"
 
 
 def supports(problem: Problem) -> tuple[str | None, str, bool]:
@@ -224,69 +232,66 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if not fmt.quantized and dtype not in (fmt.storage, torch.float32):
         return f"{fmt.name} weights need {fmt.name} activations", "", False
     way = _way(problem)
+    first = "dequantizes all experts, " if fmt.quantized else ""
     if way == "cpu":
-        used = compute_dtype(problem.device, dtype)
-        return None, f"dequantizes one expert at a time, multiplies in {str(used).removeprefix('torch.')}", False
+        used = str(compute_dtype(problem.device, dtype)).removeprefix("torch.")
+        first = "dequantizes one expert at a time" if fmt.quantized else "one expert at a time"
+        return None, f"{first}, multiplies in {used}", False
     if way == "rows":
-        return None, "no more rows than experts: gathers and dequantizes per row, one batched matmul", False
+        return None, "no more rows than experts: gathers the weights row by row, one batched matmul", False
     if way == "grouped":
-        return None, "dequantizes all experts, one grouped mm", False
-    why = f"over {MAX_GROUPED_EXPERTS} experts" if problem.E > MAX_GROUPED_EXPERTS else "no grouped mm in one launch"
-    return None, f"{why} here: one matmul per expert, and one host sync to read the counts", True
+        return None, f"{first}one grouped mm", False
+    why = no_grouped_mm(problem.device, dtype, problem.E)
+    return None, f"one matmul per expert, and one host sync to read the counts: {why}", True
 
 
-def run(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool = False) -> torch.Tensor:
-    """y[r] = x[r] @ dequantize(weight)[expert(r)].T, or without the transpose if backward.
+def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
+    """y[r] = x[r] @ dequantize(weight)[expert(r)].T, or without the transpose if problem.backward.
 
     Args:
         x: [S, K] (backward: [S, N]); last dimension contiguous.
-    Returns: [S, N] (backward: [S, K]); dtype of x; fp32 accumulation; rows past the plan's sum are 0.
+    Returns: [S, N] (backward: [S, K]); dtype of x, or fp32 for problem.wide; fp32 accumulation; rows past the plan's
+        sum are 0.
 
     Synchronises with the host only for more rows than experts where torch has no grouped mm in one launch (fp16, or
     a GPU other than sm_90 and sm_100, or more than 1,024 experts); that case cannot be captured in a CUDA graph.
     """
-    from . import Problem
-
-    problem = Problem.of("grouped_gemm", x, weight, backward=backward)
-    if backward:
-        problem = dataclasses.replace(problem, S=x.shape[0])
     way = _way(problem)
-    columns = weight.K if backward else weight.N
     if x.shape[0] == 0:
-        return x.new_empty(0, columns)
-    if way == "rows":
-        y = _rows(x, weight, plan, backward)
-    elif way == "grouped":
-        y = _grouped(x, weight, plan, backward)
-    else:
-        return _per_expert(x, weight, plan, backward)
+        columns = weight.K if problem.backward else weight.N
+        return torch.empty(0, columns, dtype=torch.float32 if problem.wide else x.dtype, device=x.device)
+    if way in ("cpu", "per_expert"):
+        return _per_expert(problem, x, weight, plan)
+    y = (_rows if way == "rows" else _grouped)(problem, x, weight, plan)
     beyond = torch.arange(x.shape[0], device=x.device) >= plan.expert_offsets[-1]
-    return y.masked_fill_(beyond[:, None], 0)
+    y = y.masked_fill_(beyond[:, None], 0)
+    return y.float() if problem.wide else y
 
 
-def _rows(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+def _rows(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     selected = weight.select(plan.row_expert().clamp(max=weight.E - 1))
+    dtype = torch.float32 if problem.wide else x.dtype
     if weight.format.quantized:
-        dense = arena(x.device).take((x.shape[0], weight.N, weight.K), x.dtype)
+        dense = arena(x.device).take((x.shape[0], weight.N, weight.K), dtype)
         dequantize_into(dense, selected)
     else:
-        dense = selected.codes
-    return torch.bmm(x[:, None, :], dense if backward else dense.mT)[:, 0]
+        dense = selected.codes.to(dtype)
+    return torch.bmm(x.to(dtype)[:, None, :], dense if problem.backward else dense.mT)[:, 0]
 
 
-def _grouped(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+def _grouped(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     space = arena(x.device)
-    gemm = _gemm(weight, x.dtype, space.take, backward)
-    return Strategy("grouped").schedule(plan).bind(x, gemm, x, space.take)()
+    gemm = _gemm(weight, x.dtype, space.take, problem.backward)
+    return Strategy("grouped").schedule(plan).bind(x, gemm, None, space.take)()
 
 
 def _gemm(weight: QuantWeight, dtype: torch.dtype, take: Take, transposed: bool) -> DenseGemm | DequantGemm:
-    if weight.codes.dtype == dtype:
+    if not weight.format.quantized and weight.codes.dtype == dtype:
         return DenseGemm(weight.codes, take, transposed=transposed)
     return DequantGemm(weight, dtype, take, transposed=transposed)
 
 
-def _per_expert(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward: bool) -> torch.Tensor:
+def _per_expert(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     if is_capturing(x.device):
         raise RuntimeError(
             f"torch backend: {weight.format.name} with {x.dtype} activations and more rows than experts reads the "
@@ -294,11 +299,12 @@ def _per_expert(x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, backward:
             f"outside the graph."
         )
     space = arena(x.device)
-    dtype = compute_dtype(x.device, x.dtype)
-    gemm = _gemm(weight, dtype, space.take, backward)
+    dtype = torch.float32 if problem.wide else compute_dtype(x.device, x.dtype)
+    gemm = _gemm(weight, dtype, space.take, problem.backward)
     schedule = Strategy("per_expert").schedule(plan)
-    out = torch.empty(x.shape[0], weight.K if backward else weight.N, dtype=dtype, device=x.device)
+    columns = weight.K if problem.backward else weight.N
+    out = torch.empty(x.shape[0], columns, dtype=dtype, device=x.device)
     schedule.bind(x.to(dtype), gemm, out, space.take)()
     end = schedule.singles[-1][2] if schedule.singles else 0
     out[end:].zero_()
-    return out.to(x.dtype)
+    return out if problem.wide else out.to(x.dtype)

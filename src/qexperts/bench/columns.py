@@ -35,6 +35,7 @@ class Row:
     best: bool = False  # lowest median of its format and scope
     clip: Record | None = None  # summary: the best pad_and_clip with everything inside
     ready_clip: Record | None = None  # summary: the best pad_and_clip with weights made ready before the clock
+    graph: Record | None = None  # summary: the loop over experts under a CUDA graph
     ready: Record | None = None  # summary: the best with weights dequantized or gathered before the clock
 
     @property
@@ -203,17 +204,27 @@ _FULL = [
 ]
 _SUMMARY = [
     Column("baseline_ms", "per_\nexpert", "ms", lambda row: time_of(row.baseline), ms_text, show="any"),
+    Column("graph_ms", "per_expert,\ngraph", "ms", lambda row: time_of(row.graph), ms_text, show="any", drop=3),
     Column("clip", "pad_and_clip\n(threshold)", "ms", _at("clip"), show="any"),
-    Column("clip_launches", "pad_and_\nclip\nlaunches", "", _clip_launches, show="any", drop=4),
+    Column("clip_launches", "pad_and_\nclip\nlaunches", "", _clip_launches, show="any", drop=6),
+    Column(
+        "clip_plan_ms",
+        "pad_and_\nclip\nplan",
+        "ms",
+        lambda row: row.clip and row.clip.plan_ms,
+        ms_text,
+        show="any",
+        drop=5,
+    ),
     Column("clip_speedup", "pad_and_\nclip\nspeed-up", "", _clip_speedup, ratio_text, show="any"),
     Column("strategy", "best\nstrategy", "", lambda row: label(row.record), str, "left", mark=_mark),
     Column("median_ms", "best", "ms", _median, ms_text, mark=_mark),
     dataclasses.replace(_VERSUS, header="best\nspeed-up"),
-    Column("ready_clip", "ready,\npad_and_clip", "ms", _at("ready_clip"), show="any", drop=3),
-    Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=6),
+    Column("ready_clip", "ready,\npad_and_clip", "ms", _at("ready_clip"), show="any", drop=4),
+    Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=7),
     Column("ready_ms", "ready,\nbest", "ms", lambda row: time_of(row.ready), ms_text, show="any", drop=2),
-    *(dataclasses.replace(c, drop=7) for c in _RATES),
-    Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text),
+    *(dataclasses.replace(c, drop=8) for c in _RATES),
+    Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text, drop=1),
     _ROOFLINE,
     Column("headroom", "could\ngain", "", timed("roofline"), lambda v: ratio_text(1 / v)),
 ]

@@ -25,6 +25,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cpu") if device is None else torch.device(device.type, 0)
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("tensors there hold no data")
         if device.type != "cpu":
             device = torch.device(device.type, device.index or 0)
         torch.empty(1, device=device)
@@ -88,7 +90,7 @@ def _driver(device: torch.device) -> str | None:
 def _commit() -> str | None:
     """Commit of the checkout this package runs from, "+dirty" with local changes; None if it is not a checkout.
 
-    Where a copy of the sources runs without its .git (a container, a lent machine), QEXPERTS_COMMIT names it.
+    Where a copy of the sources runs without its .git (in a container, say), QEXPERTS_COMMIT names it.
     """
     named = os.environ.get("QEXPERTS_COMMIT")
     if named:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from ..strategies import Take
 from ..testing import ErrorReport, Inputs, judge
-from ..workspace import Arena
+from ..workspace import Arena, clear_workspaces
 from .providers import Binder, Bound, Candidate
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
@@ -42,12 +44,15 @@ def measure_workload(
     tensors = make_inputs(workload, device)
     binder = Binder(workload, tensors)
     template = _template(workload, tensors, ceilings, env)
-    rows = [_Row(c, _describe(template, c)) for c in candidates]
+    rows = [_Row(c, dataclasses.replace(_describe(template, c), rounds=rounds)) for c in candidates]
     space = _SharedScratch(device, [_need(row, binder) for row in rows])
     for row in rows:
         tick(f"checking {row.record.strategy}")
         if row.record.status == "ok":
-            _prepare(row, binder, tensors, space)
+            try:
+                _prepare(row, binder, tensors, space)
+            except torch.OutOfMemoryError as error:
+                row.record.status, row.record.reason = "unsupported", str(error).splitlines()[0]
     timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
     try:
         Sampler(device).rounds(
@@ -105,6 +110,7 @@ def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, 
         active_experts=d.active_experts,
         total_tokens=d.total_tokens,
         max_tokens=d.max_tokens,
+        num_tokens_per_expert=list(d.counts),
         n=workload.n,
         k=workload.k,
         group_size=t.weight.group_size,
@@ -147,7 +153,7 @@ def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch) -> Non
     """Bind, count, run once on poisoned memory, judge; and capture, if the candidate asks for a graph."""
     record, candidate, device = row.record, row.candidate, t.x.device
     bound = binder.bind(candidate, space.take())
-    if candidate.strategy is not None:
+    if candidate.strategy is not None and candidate.api == "raw":
         strategy = candidate.strategy
         record.plan_ms = host_ms(lambda: binder.schedule(strategy), device)
     if bound.counts:
@@ -177,6 +183,8 @@ def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport,
     """Run on poisoned scratch and judge; also the device memory the run took beyond it, where torch keeps count."""
     device = t.x.device
     space.poison()
+    if not bound.uses_scratch:
+        clear_workspaces()  # so that what the call keeps between calls is counted, whoever ran before
     if device.type != "cuda":
         return judge(bound.run(), t.oracle, t.peer, t.x.shape[1]), None
     torch.cuda.synchronize(device)
@@ -197,19 +205,28 @@ def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable
     with torch.cuda.device(device), torch.cuda.graph(graph):
         y = run()
 
-    def replay(recorded: Callable[[], torch.Tensor] = run) -> torch.Tensor:
+    def replay() -> torch.Tensor:
         graph.replay()
         return y
 
-    return replay
+    return functools.partial(_keeping, run, replay)
+
+
+def _keeping(kept: object, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run while holding on to what the run needs but does not name."""
+    return run()
 
 
 def _fits(need: int, device: torch.device) -> bool:
-    if device.type != "cuda":
+    """Whether scratch memory of this size can be had; unknown counts as yes."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return need < 0.9 * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
         return True
-    free = torch.cuda.mem_get_info(device)[0]
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return need < 0.9 * (free + cached)
+    available = [line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return not available or need < 0.9 * int(available[0]) * 1024
 
 
 def _summarise(record: Record, samples: list[float]) -> None:

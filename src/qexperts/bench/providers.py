@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..backends.torch_backend import DenseGemm, DequantGemm, compute_dtype, has_grouped_mm
+from ..backends.torch_backend import DenseGemm, DequantGemm, compute_dtype, no_grouped_mm
 from ..ops import moe
 from ..plan import TokenPlan
 from ..quantize import dequantize
@@ -48,13 +48,15 @@ class Bound:
         run: issues the work and returns [S, N] in the activation dtype.
         counts: device operations by step kind, counted off the steps that run; empty if the call hides them.
         padded_rows: rows computed beyond the useful ones, or None.
-        own_bytes: memory taken for this candidate alone, scratch included.
+        own_bytes: memory taken for this candidate alone.
+        uses_scratch: scratch comes from the benchmark, not from what the package keeps between calls.
     """
 
     run: Callable[[], torch.Tensor]
     counts: Counter[str]
     padded_rows: int | None
     own_bytes: int = 0
+    uses_scratch: bool = True
 
 
 class Binder:
@@ -68,10 +70,9 @@ class Binder:
 
     def refuse(self, candidate: Candidate) -> str | None:
         """Why a candidate cannot run here, or None."""
-        device, dtype = self._t.x.device, self._t.x.dtype
         grouped = candidate.strategy is not None and candidate.strategy.name == "grouped"
-        if grouped and device.type != "cpu" and not has_grouped_mm(device, dtype):
-            return f"torch has no grouped mm in one launch for {self._workload.dtype} on this device"
+        if grouped and self.device.type != "cpu":
+            return no_grouped_mm(self.device, self._t.x.dtype, self._t.weight.E)
         return None
 
     def schedule(self, strategy: Strategy) -> Schedule:
@@ -103,10 +104,10 @@ class Binder:
         x = self._t.x
         shape = (x.shape[0], self._workload.n)
         if self._dtype == x.dtype:
-            bound = schedule.bind(x, gemm, take(shape, x.dtype), take)
+            bound = schedule.bind(x, gemm, None if schedule.grouped else take(shape, x.dtype), take)
             return bound, bound.counts
         x_wide, y = take(tuple(x.shape), self._dtype), take(shape, x.dtype)
-        bound = schedule.bind(x_wide, gemm, take(shape, self._dtype), take)
+        bound = schedule.bind(x_wide, gemm, None if schedule.grouped else take(shape, self._dtype), take)
 
         def run() -> torch.Tensor:
             x_wide.copy_(x)
@@ -127,7 +128,7 @@ class Binder:
                     group_size=w.group_size or 128, asym=fmt.asym, phase=phase,
                 )  # fmt: skip
 
-            return Bound(public, Counter(), None)
+            return Bound(public, Counter(), None, uses_scratch=False)
         schedule = self.schedule(strategy)
 
         def run() -> torch.Tensor:
@@ -135,7 +136,7 @@ class Binder:
             return self._bind_schedule(self.schedule(strategy), self._gemm(candidate, take, None), take)[0]()
 
         counts = self._bind_schedule(schedule, self._gemm(candidate, torch_empty("meta"), None), torch_empty("meta"))[1]
-        return Bound(run, counts, schedule.padded_rows)
+        return Bound(run, counts, schedule.padded_rows, uses_scratch=False)
 
     def _gemm(self, candidate: Candidate, take: Take, batch_weights: torch.Tensor | None) -> Gemm:
         if candidate.scope == "base mm":
@@ -150,6 +151,12 @@ class Binder:
         return self._dense
 
 
+def _distinct(strategies: Sequence[Strategy], max_tokens: int) -> list[Strategy]:
+    whole = [s for s in strategies if s.name == "full_pad"]
+    whole += [s for s in strategies if s.threshold is not None and s.threshold >= max_tokens]
+    return [s for s in strategies if s not in whole[1:]]
+
+
 def torch_empty(device: torch.device | str) -> Take:
     """An allocator on a device; on "meta" it takes no memory, which is how needs are summed up."""
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
@@ -160,9 +167,11 @@ def enumerate_candidates(
 ) -> list[Candidate]:
     """Every row to measure for one workload, the baseline first.
 
-    `base+deq` gathers packed weights inside the clock by its nature; `base mm` shows both. The loop over experts, and
-    in decode everything that needs no host sync, is also shown under a CUDA graph.
+    A pad_and_clip threshold that every expert is within is the work of full_pad: of those that are the same, only the
+    first is measured. `base+deq` gathers packed weights inside the clock by its nature; `base mm` shows both. The loop
+    over experts, and in decode everything that needs no host sync, is also shown under a CUDA graph.
     """
+    strategies = _distinct(strategies, workload.distribution.max_tokens)
     scopes = ["base+deq", "base mm"] if workload.format.quantized else ["base mm"]
     result: list[Candidate] = []
     for api in apis:

@@ -32,6 +32,7 @@ class Record:
     active_experts: int
     total_tokens: int  # S: rows over all experts
     max_tokens: int  # rows of the largest expert
+    num_tokens_per_expert: list[int]  # the distribution itself
     n: int
     k: int
     group_size: int | None
@@ -56,8 +57,11 @@ class Record:
     pad_launches: int | None = None
     scatter_launches: int | None = None  # unpadding
     padded_rows: int | None = None
-    plan_ms: float | None = None  # host planning, from counts on the device to launches
+    plan_ms: float | None = (
+        None  # host planning, from counts on the device to launches; None where the time contains it
+    )
     # what was measured
+    rounds: int = 0  # samples asked for; an interrupted run has fewer
     status: str = "ok"  # "ok" | "WRONG" | "unsupported"
     reason: str | None = None  # why, when status is not "ok"
     error: float | None = None  # RMS error against the oracle, relative to the oracle's RMS
@@ -66,7 +70,7 @@ class Record:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    peak_bytes: int | None = None  # device memory the call needs beyond its inputs
+    peak_bytes: int | None = None  # device memory beyond x and weights: result, scratch, gathered weights
     # what it is judged by
     flop: int = 0  # 2 S N K: useful work
     mandatory_bytes: int = 0  # codes, scales, zeros of active experts, x and y, once each
@@ -115,14 +119,16 @@ class Record:
     def workload_key(self) -> tuple[Any, ...]:
         """What was multiplied, apart from the format."""
         return (
-            self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.group_size, self.dtype,
-            self.seed, self.batch, self.top_k, self.device,
+            self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens, self.n, self.k,
+            self.group_size, self.dtype,
+            self.seed, self.batch, self.top_k, self.device, self.torch,
         )  # fmt: skip
 
     def config_key(self) -> tuple[Any, ...]:
         """Identity across runs: what `compare` matches on (not device, versions or time)."""
         return (
-            self.kind, self.distribution, self.num_experts, self.total_tokens, self.n, self.k, self.group_size,
+            self.kind, self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens,
+            self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
             self.graph, self.api, self.weight_layout, self.batch, self.top_k,
         )  # fmt: skip
@@ -144,6 +150,9 @@ _REQUIRED = {f.name for f in dataclasses.fields(Record) if f.default is dataclas
              and f.default_factory is dataclasses.MISSING}  # fmt: skip
 
 
+_NUMBERS = ("total_tokens", "n", "k", "median_ms", "p20_ms", "p80_ms", "launches", "flop", "mandatory_bytes")
+
+
 def record_from_json(line: str, where: str) -> Record:
     """Parse one line; ValueError names the file and line, and what is wrong."""
     try:
@@ -156,24 +165,35 @@ def record_from_json(line: str, where: str) -> Record:
     missing = _REQUIRED - data.keys()
     if missing:
         raise ValueError(f"{where}: record lacks {', '.join(sorted(missing))}")
-    return Record(**{key: value for key, value in data.items() if key in _FIELDS})
+    record = Record(**{key: value for key, value in data.items() if key in _FIELDS})
+    for name in _NUMBERS:
+        value = getattr(record, name)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise ValueError(f"{where}: {name} is {value!r}; expected a number")
+    return record
 
 
 def load_records(path: str | os.PathLike[str]) -> list[Record]:
     """Read a .jsonl file of records."""
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; expected a file of benchmark records") from None
     return [record_from_json(line, f"{path}:{i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 class RecordWriter:
     """Appends records to a file, flushed one by one; earlier runs in the file are kept.
 
-    Opening raises OSError at once if the path cannot be written, before anything is measured.
+    Opening raises at once, before anything is measured: OSError if the path cannot be written, ValueError if it
+    holds something other than records.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._file: IO[str] | None = None
         if path is not None:
+            if os.path.isfile(path):
+                load_records(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run, see close()
 
     def write(self, records: Iterable[Record]) -> None:

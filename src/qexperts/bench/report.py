@@ -106,9 +106,10 @@ def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) 
     wrong = next((r for r in inside if r.status == "WRONG"), inside[0])
     chosen = fastest(inside) or wrong
     clip = fastest(r for r in inside if r.strategy == "pad_and_clip")
-    prepared = [r for r in group if r.scope == "base mm"]
+    prepared = [r for r in group if r.scope == "base mm" and r.gather != "inside"]
+    graph = fastest(r for r in inside if r.strategy == "per_expert" and r.graph)
     ready, ready_clip = fastest(prepared), fastest(r for r in prepared if r.strategy == "pad_and_clip")
-    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready_clip=ready_clip, ready=ready)
+    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready_clip=ready_clip, graph=graph, ready=ready)
 
 
 def _summary_rows(records: Sequence[Record]) -> list[Row]:
@@ -168,6 +169,9 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         notes.append(
             f"{status}: {'; '.join(who[:4])}{more}: {' '.join((group[0].reason or 'no reason recorded').split())}"
         )
+    cut = sum(len(r.samples_ms) < r.rounds for r in records if r.status == "ok")
+    if cut:
+        notes.append(f"interrupted: {cut} rows have fewer samples than were asked for")
     if any(row.best for row in shown):
         ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
         notes.append(f"best: the lowest median of the {ranked}")
@@ -178,9 +182,10 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         notes.append("weights gathered: the small experts' weights made contiguous before or inside the clock")
     if mode == "summary" and records[0].kind == "prefill":
         notes.append(
-            "per_expert, pad_and_clip (at its best threshold) and best have everything inside the clock, "
-            "dequantization and every copy; ready: weights dequantized, or gathered, before it; floor: the larger of "
-            "arithmetic and bytes at the ceilings; speed-up: over per_expert; could gain: best / floor"
+            "per_expert (an eager loop, so it varies with the host), pad_and_clip (at its best threshold) and best "
+            "have dequantization and every copy inside the clock, host planning (plan) not; ready: weights dequantized, "
+            "or gathered, before it; floor: the larger of arithmetic and bytes at the ceilings; speed-up: over "
+            "per_expert; could gain: best / floor"
         )
     return notes
 

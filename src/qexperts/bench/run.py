@@ -5,14 +5,16 @@ Everything that can be wrong with the options is found before anything long runs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ..backends import BACKENDS
-from ..routing import Distribution, parse_distribution
+from ..routing import Distribution, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
 from .environment import environment, pick_device
 from .measure import measure_workload
@@ -98,7 +100,11 @@ def prepare(options: BenchOptions) -> Job:
     workloads = (_prefill if options.kind == "prefill" else _decode)(options, scaled)
     for workload in workloads:
         workload.check()
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: expected 0 to 2^63 - 1")
     if options.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot: needs matplotlib; install the bench extra: pip install 'qexperts[bench]'")
         Path(options.plot).mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
     return Job(options, device, workloads, strategies, apis, rounds, RecordWriter(options.save))
@@ -110,26 +116,29 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
     Args:
         tick: progress: workload, its index, and what happens now.
     """
-    dtype = DTYPES[job.options.dtype]
     if job.workloads:
         tick(job.workloads[0], 0, "measuring ceilings")
-    ceilings = measure_ceilings(job.device, dtype)
-    env = environment(job.device)
-    for i, workload in enumerate(job.workloads):
-        candidates = enumerate_candidates(workload, job.device, job.strategies, job.apis)
-        measured = measure_workload(
-            workload, candidates, ceilings, env, job.device, job.rounds, lambda text, w=workload, i=i: tick(w, i, text)
-        )
-        for record in measured:
-            job.writer.write([record])
-            yield record
+    with torch.cuda.device(job.device) if job.device.type == "cuda" else contextlib.nullcontext():
+        ceilings = measure_ceilings(job.device, DTYPES[job.options.dtype])
+        env = environment(job.device)
+        for i, workload in enumerate(job.workloads):
+            candidates = enumerate_candidates(workload, job.device, job.strategies, job.apis)
+            for record in measure_workload(
+                workload, candidates, ceilings, env, job.device, job.rounds,
+                lambda text, w=workload, i=i: tick(w, i, text),
+            ):  # fmt: skip
+                job.writer.write([record])
+                yield record
 
 
 def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:
     text = o.distribution or "autoround-256"
     cap = None
-    if text.partition(":")[0] in SYNTHETIC and o.tokens is not None:
-        cap = -(-o.tokens // max(1, min(o.top_k, o.experts or o.top_k)))
+    if o.top_k < 1:
+        raise ValueError(f"--top-k {o.top_k}: expected at least 1")
+    if text.partition(":")[0] in SYNTHETIC:
+        total = recorded().total_tokens if o.tokens is None else o.tokens
+        cap = -(-total // max(1, min(o.top_k, o.top_k if o.experts is None else o.experts)))
     experts, tokens = (CPU_EXPERTS, CPU_TOKENS) if scaled else (o.experts, o.tokens)
     distribution = parse_distribution(text, num_experts=experts, total_tokens=tokens, seed=o.seed, max_per_expert=cap)
     if distribution.total_tokens == 0:

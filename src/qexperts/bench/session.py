@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..routing import RECORDED, recorded
 from .plots import plot_all
 from .records import Record
 from .report import chapters, render, show
@@ -37,7 +36,7 @@ def bench_session(job: Job, out: str) -> int:
     if found:
         print_records(found, out, job.options.mode)
     if found and job.options.plot is not None and code == 0:
-        plot_records(found, {w.distribution.name: w.distribution.counts for w in job.workloads}, job.options.plot)
+        plot_records(found, job.options.plot)
     return code or int(any(r.status == "WRONG" for r in found))
 
 
@@ -50,11 +49,10 @@ def print_records(found: Sequence[Record], out: str, mode: str) -> None:
     sys.stdout.write("" if out in ("csv", "json") else "\n")
 
 
-def plot_records(found: Sequence[Record], counts: Mapping[str, Sequence[int]], directory: str) -> None:
-    """PNG files of records; the counts of recorded distributions are known, others come with the run."""
-    known = {r.distribution: recorded(r.distribution).counts for r in found
-             if r.distribution in RECORDED and r.scaled is None}  # fmt: skip
-    for path in plot_all(found, {**known, **counts}, directory):
+def plot_records(found: Sequence[Record], directory: str) -> None:
+    """PNG files of records."""
+    counts = {r.distribution: r.num_tokens_per_expert for r in found}
+    for path in plot_all(found, counts, directory):
         Console(stderr=True).print(f"plot: {path}", highlight=False, soft_wrap=True)
 
 

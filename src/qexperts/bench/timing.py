@@ -1,21 +1,23 @@
 """Timing with cold caches, in interleaved rounds.
 
-Every round runs every candidate once, in an order that rotates, so that a machine that drifts does so for all alike.
+Every round runs every candidate once, in a new (seeded) order, so that a machine that drifts does so for all alike.
 Before each sample the caches are overwritten. GPU samples are device events around the call (launch gaps included,
 as a user meets them); CPU samples are wall-clock.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 __all__ = ["CacheFlusher", "Sampler", "host_ms", "percentile", "synchronize"]
 
-_CPU_CACHE_BYTES = 64 * 2**20  # above the last-level cache slice of common server parts
+_CPU_CACHE_BYTES = 64 * 2**20  # where the size of the last-level cache is not known
 
 
 def synchronize(device: torch.device) -> None:
@@ -27,13 +29,20 @@ class CacheFlusher:
     """Overwrites a buffer larger than the cache."""
 
     def __init__(self, device: torch.device) -> None:
-        size = _CPU_CACHE_BYTES
+        size = 2 * _last_level_cache() or _CPU_CACHE_BYTES
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self._buffer = torch.empty(max(size, 2**20), dtype=torch.uint8, device=device)
 
     def __call__(self) -> None:
         self._buffer.zero_()
+
+
+def _last_level_cache() -> int:
+    """Bytes of the first processor's largest cache, 0 if the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[-1:] in units), default=0)
 
 
 class Sampler:
@@ -52,10 +61,11 @@ class Sampler:
             run()
             synchronize(self._device)
             return (time.perf_counter_ns() - start) / 1e6
+        stream = torch.cuda.current_stream(self._device)
         start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start_event.record()
+        start_event.record(stream)
         run()
-        end_event.record()
+        end_event.record(stream)
         end_event.synchronize()
         return start_event.elapsed_time(end_event)
 
@@ -70,10 +80,10 @@ class Sampler:
         for run in candidates:
             run()  # warm: the check was the first call, this one has every buffer in place
         synchronize(self._device)
-        n = len(candidates)
-        for i in range(rounds):
-            for j in range(n):
-                c = (i + j) % n
+        order, shuffled = list(range(len(candidates))), random.Random(0)
+        for _ in range(rounds):
+            shuffled.shuffle(order)
+            for c in order:
                 samples[c].append(self.sample(candidates[c]))
                 tick()
 
