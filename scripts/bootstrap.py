@@ -26,7 +26,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ROOT / ".venv"
 PROJECT = "qexperts"
-# One release, and only where there is no torch yet: a plain range takes the newest CUDA build, several GB of it.
+# One tested release, and only where there is no torch yet; pip takes the build that its index has for this platform.
 TORCH = "torch==2.13.0"
 
 

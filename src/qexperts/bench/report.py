@@ -183,9 +183,9 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
     if mode == "summary" and records[0].kind == "prefill":
         notes.append(
             "per_expert (an eager loop, so it varies with the host), pad_and_clip (at its best threshold) and best "
-            "have dequantization and every copy inside the clock, host planning (plan) not; ready: weights dequantized, "
-            "or gathered, before it; floor: the larger of arithmetic and bytes at the ceilings; speed-up: over "
-            "per_expert; could gain: best / floor"
+            "have dequantization and every copy inside the clock, host planning (plan) not; ready: weights "
+            "dequantized, or gathered, before it; floor: the larger of arithmetic and bytes at the ceilings; "
+            "speed-up: over per_expert; could gain: best / floor"
         )
     return notes
 
