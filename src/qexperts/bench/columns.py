@@ -224,9 +224,9 @@ _SUMMARY = [
     Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=7),
     Column("ready_ms", "ready,\nbest", "ms", lambda row: time_of(row.ready), ms_text, show="any", drop=2),
     *(dataclasses.replace(c, drop=8) for c in _RATES),
-    Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text, drop=1),
+    Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text, drop=2),
     _ROOFLINE,
-    Column("headroom", "could\ngain", "", timed("roofline"), lambda v: ratio_text(1 / v)),
+    Column("headroom", "could\ngain", "", timed("roofline"), lambda v: ratio_text(1 / v), drop=1),
 ]
 _DECODE = [
     Column("distribution", "distri-\nbution", "", _unless_batch, str, "left", "varies"),
