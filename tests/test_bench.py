@@ -140,6 +140,15 @@ def test_counts_come_from_the_bound_steps() -> None:
     assert dry.padded_rows == 4 * 7 - 13
 
 
+def test_wrapper_rows_count_what_their_calls_issue() -> None:
+    """Chunks of the dequantization depend on the device: on a CPU [2048, 1024] in bf16 is half of one."""
+    w = workload("int4_sym", n=2048, k=1024)
+    candidates = [Candidate(Strategy("grouped"), "base+deq", api=api) for api in ("raw", "wrapper")]
+    raw, wrapper = measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1)
+    assert raw.dequant_launches == wrapper.dequant_launches == 3 * 5  # five experts in three chunks
+    assert wrapper.plan_ms is None and raw.plan_ms is not None
+
+
 def test_refusals_name_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Binder, "refuse", lambda self, c: "not today" if c.strategy == Strategy("grouped") else None)
     candidates = [Candidate(Strategy("grouped"), "base+deq"), Candidate(Strategy("per_expert"), "base+deq")]

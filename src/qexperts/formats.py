@@ -12,9 +12,6 @@ import torch
 
 __all__ = ["FORMATS", "SCALE_DTYPES", "SCALE_LAYOUTS", "QuantWeight", "WeightFormat", "get_format"]
 
-ScaleLayout = Literal["none", "group", "channel", "tensor", "block128"]
-WeightLayout = Literal["public", "prepared"]
-
 SCALE_LAYOUTS: tuple[str, ...] = ("group", "channel", "tensor", "block128")
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 128  # of scale_layout "block128": 128 x 128 weights share a scale

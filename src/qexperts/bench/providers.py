@@ -135,7 +135,8 @@ class Binder:
             take = arena(t.x.device).take
             return self._bind_schedule(self.schedule(strategy), self._gemm(candidate, take, None), take)[0]()
 
-        counts = self._bind_schedule(schedule, self._gemm(candidate, torch_empty("meta"), None), torch_empty("meta"))[1]
+        take = torch_empty(self.device)  # as a call binds it, since chunks depend on the device; not run
+        counts = self._bind_schedule(schedule, self._gemm(candidate, take, None), take)[1]
         return Bound(run, counts, schedule.padded_rows, uses_scratch=False)
 
     def _gemm(self, candidate: Candidate, take: Take, batch_weights: torch.Tensor | None) -> Gemm:
