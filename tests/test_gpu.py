@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import DTYPES, KERNELS, QUANTIZED, SUPPORT, UNQUANTIZED, arguments, dtype_for, name_of
+from test_ops import DTYPES, KERNELS, QUANTIZED, SUPPORT, UNQUANTIZED, arguments, dtype_for, matrix, name_of
 
 from qexperts import (
     FORMATS,
@@ -76,14 +76,8 @@ def check(case: Case, call: Callable[..., torch.Tensor]) -> None:
 
 # ---- results
 
-SIZES = {16: (272, 16), 32: (352, 80), 64: (768, 16), 128: (768, 80), 256: (768, 16), None: (272, 80)}
-MATRIX = [
-    Case(rows, N=SIZES[group][1], K=SIZES[group][0], format=fmt, group_size=group, dtype=dtype, why="the matrix")
-    for fmt, dtype, group, rows in itertools.product(QUANTIZED, DTYPES, SIZES, (DECODE, PREFILL))
-]
 
-
-@pytest.mark.parametrize("case", MATRIX, ids=str)
+@pytest.mark.parametrize("case", matrix(DECODE, PREFILL), ids=str)
 def test_matrix(case: Case) -> None:
     check(case, KERNELS["decode" if case.rows == DECODE else "prefill"])
 

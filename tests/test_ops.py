@@ -84,13 +84,16 @@ def check(case: Case, call: Callable[..., torch.Tensor], seed: int = 0) -> None:
 
 DECODE, PREFILL = (1, 0, 2, 4, 1), (0, 33, 1, 0, 6, 0)
 SIZES = {16: (272, 16), 32: (352, 80), 64: (768, 16), 128: (768, 80), 256: (768, 16), None: (272, 80)}
-MATRIX = [
-    Case(rows, N=SIZES[group][1], K=SIZES[group][0], format=fmt, group_size=group, dtype=dtype, why="the matrix")
-    for fmt, dtype, group, rows in itertools.product(QUANTIZED, DTYPES, SIZES, (DECODE, PREFILL))
-]
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=str)
+def matrix(decode: tuple[int, ...], prefill: tuple[int, ...]) -> list[Case]:
+    return [
+        Case(rows, N=SIZES[group][1], K=SIZES[group][0], format=fmt, group_size=group, dtype=dtype, why="the matrix")
+        for fmt, dtype, group, rows in itertools.product(QUANTIZED, DTYPES, SIZES, (decode, prefill))
+    ]
+
+
+@pytest.mark.parametrize("case", matrix(DECODE, PREFILL), ids=str)
 def test_matrix(case: Case) -> None:
     check(case, KERNELS["decode" if case.rows == DECODE else "prefill"])
 

@@ -136,9 +136,19 @@ class QuantWeight:
         return self.codes.device
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Codes, then scales and zeros as far as this weight has them; see `with_tensors`."""
+        return tuple(t for t in (self.codes, self.scales, self.zeros) if t is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.zeros) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def n_is_contiguous(self) -> bool:
+        """Whether the codes lie as [E, K, N] in memory: a strided view, dequantized in that same order."""
+        return self.codes.stride(-1) != 1 and self.codes.stride(-2) == 1
 
     def experts(self, start: int, stop: int) -> QuantWeight:
         """Experts start..stop-1 as a view of this weight."""
@@ -149,7 +159,7 @@ class QuantWeight:
         return self._map(lambda t: index_experts(t, experts))
 
     def with_tensors(self, *tensors: torch.Tensor) -> QuantWeight:
-        """The same kind of weight over other tensors: codes, then scales and zeros as far as this weight has them.
+        """The same kind of weight over other tensors, in the order of `tensors`.
 
         Raises: ValueError if they do not fit each other.
         """

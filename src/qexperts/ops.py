@@ -274,8 +274,7 @@ class _GroupedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, backend: Backend, problem: Problem, weight: QuantWeight, plan: TokenPlan):  # type: ignore[no-untyped-def]
-        tensors = [t for t in (weight.codes, weight.scales, weight.zeros) if t is not None]
-        ctx.save_for_backward(*tensors)  # so that a weight changed before the backward is noticed
+        ctx.save_for_backward(*weight.tensors)  # so that a weight changed before the backward is noticed
         ctx.backend, ctx.problem, ctx.weight, ctx.plan = backend, problem, weight, plan
         return backend.run(problem, x, weight, plan)
 

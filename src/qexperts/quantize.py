@@ -230,10 +230,10 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.T
         dtype = weight.scales.dtype if weight.scales is not None else weight.codes.dtype
     if dtype not in (*SCALE_DTYPES, torch.float64):
         raise ValueError(f"dequantize: dtype is {dtype}; expected fp16, bf16, fp32 or fp64.")
-    out = torch.empty(weight.E, weight.N, weight.K, dtype=dtype, device=weight.device)
-    if _k_is_strided(weight):
-        out = torch.empty(weight.E, weight.K, weight.N, dtype=dtype, device=weight.device).mT
-    return dequantize_into(out, weight)
+    e, n, k = weight.E, weight.N, weight.K
+    if weight.n_is_contiguous:
+        return dequantize_into(torch.empty(e, k, n, dtype=dtype, device=weight.device).mT, weight)
+    return dequantize_into(torch.empty(e, n, k, dtype=dtype, device=weight.device), weight)
 
 
 @torch.no_grad()
@@ -251,17 +251,13 @@ def dequantize_steps(out: torch.Tensor, weight: QuantWeight) -> list[tuple[Calla
     if not weight.format.quantized:
         return [(lambda: out.copy_(weight.codes), 1)]
     steps: list[tuple[Callable[[], object], int]] = []
-    for start, stop in _chunks(weight, out):
+    for start, stop in _chunks(weight):
         steps += _chunk_steps(out[start:stop], weight.experts(start, stop))
     return steps
 
 
-def _k_is_strided(weight: QuantWeight) -> bool:
-    return weight.codes.stride(-1) != 1 and weight.codes.stride(-2) == 1
-
-
-def _chunks(weight: QuantWeight, like: torch.Tensor) -> Iterator[tuple[int, int]]:
-    limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES_DEVICE)
+def _chunks(weight: QuantWeight) -> Iterator[tuple[int, int]]:
+    limit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES_DEVICE)
     step = max(1, limit // max(1, weight.N * weight.K * 2))
     for start in range(0, weight.E, step):
         yield start, min(start + step, weight.E)

@@ -220,6 +220,20 @@ def resample(
     return Distribution(dist.name, tuple(counts), dist.source, f"{begin} {change}")
 
 
+SYNTHETIC = ("even", "zipf", "log-normal")
+
+
+def is_synthetic(text: str) -> bool:
+    """Whether `parse_distribution` makes this distribution rather than reading it."""
+    return _kind(text.strip())[0] in SYNTHETIC
+
+
+def _kind(text: str) -> tuple[str, str, str]:
+    """`zipf:1.2` as its kind, the colon and the parameter."""
+    kind, colon, parameter = text.partition(":")
+    return "log-normal" if kind == "lognormal" else kind, colon, parameter
+
+
 def parse_distribution(
     text: str,
     *,
@@ -239,11 +253,10 @@ def parse_distribution(
     Raises: ValueError, one line.
     """
     text = text.strip()
-    kind, colon, parameter = text.partition(":")
-    kind = "log-normal" if kind == "lognormal" else kind
+    kind, colon, parameter = _kind(text)
     if text in RECORDED:
         return resample(recorded(text), num_experts, total_tokens, seed, max_per_expert=max_per_expert)
-    if kind in ("even", "zipf", "log-normal"):
+    if kind in SYNTHETIC:
         default = recorded()
         experts = default.num_experts if num_experts is None else num_experts
         rows = default.total_tokens if total_tokens is None else total_tokens

@@ -129,18 +129,17 @@ class DequantGemm:
 
     def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
         weight = self._weight
-        tensors = [t for t in (weight.codes, weight.scales, weight.zeros) if t is not None]
-        packed = [self._take((experts.shape[0], *t.shape[1:]), t.dtype) for t in tensors]
+        packed = [self._take((experts.shape[0], *t.shape[1:]), t.dtype) for t in weight.tensors]
 
         def gather() -> None:
-            for source, target in zip(tensors, packed, strict=True):
+            for source, target in zip(weight.tensors, packed, strict=True):
                 target.copy_(index_experts(source, experts))
 
         selected = weight.with_tensors(*packed)
         dense = self._dense(experts.shape[0])
         w = self._operand(dense)
         return [
-            Step("gather", gather, 2 * len(tensors)),
+            Step("gather", gather, 2 * len(packed)),
             *self._dequant(dense, selected),
             Step("gemm", lambda: torch.bmm(x, w, out=out)),
         ]
@@ -159,7 +158,7 @@ class DequantGemm:
 
     def _dense(self, n_experts: int, k: int | None = None) -> torch.Tensor:
         n, k = self._weight.N, k or self._weight.K
-        if self._weight.codes.stride(-1) != 1:  # [E, K, N] in memory: stay in that order
+        if self._weight.n_is_contiguous:
             return self._take((n_experts, k, n), self._dtype).mT
         return self._take((n_experts, n, k), self._dtype)
 

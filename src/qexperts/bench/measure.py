@@ -43,8 +43,8 @@ def measure_workload(
     tick("preparing weights")
     tensors = make_inputs(workload, device)
     binder = Binder(workload, tensors)
-    template = _template(workload, tensors, ceilings, env)
-    rows = [_Row(c, dataclasses.replace(_describe(template, c), rounds=rounds)) for c in candidates]
+    template = dataclasses.replace(_template(workload, tensors, ceilings, env), rounds=rounds)
+    rows = [_Row(c, _describe(template, c)) for c in candidates]
     space = _SharedScratch(device, [_need(row, binder) for row in rows])
     for row in rows:
         tick(f"checking {row.record.strategy}")
@@ -167,16 +167,13 @@ def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch) -> Non
     record.error, record.error_peer = report.error, report.error_peer
     if transient is not None:
         record.peak_bytes = row.scratch_bytes + bound.own_bytes + transient
-    if not report.ok:
-        record.status, record.reason = "WRONG", report.message
-        return
-    if candidate.graph:
+    if report.ok and candidate.graph:
         bound = dataclasses.replace(bound, run=_captured(bound.run, device))
         report, _ = _check(bound, t, space)
-        if not report.ok:
-            record.status, record.reason = "WRONG", report.message
-            return
-    row.bound = bound
+    if report.ok:
+        row.bound = bound
+    else:
+        record.status, record.reason = "WRONG", report.message
 
 
 def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport, int | None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..backends import BACKENDS
-from ..routing import Distribution, parse_distribution, recorded
+from ..routing import Distribution, is_synthetic, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
 from .environment import environment, pick_device
 from .measure import measure_workload
@@ -28,7 +28,6 @@ __all__ = ["BenchOptions", "Job", "prepare", "run"]
 THRESHOLDS = (64, 128, 256, 512, 1024)
 ROUNDS = {"cpu": 5}
 ROUNDS_DEVICE = 20
-SYNTHETIC = ("even", "zipf", "log-normal", "lognormal")
 # What a CPU measures when no size is asked for. The ratio of rows to experts, and with it the thresholds, is a
 # quarter of the recorded one.
 CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64)
@@ -136,7 +135,7 @@ def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:
     cap = None
     if o.top_k < 1:
         raise ValueError(f"--top-k {o.top_k}: expected at least 1")
-    if text.partition(":")[0] in SYNTHETIC:
+    if is_synthetic(text):
         total = recorded().total_tokens if o.tokens is None else o.tokens
         cap = -(-total // max(1, min(o.top_k, o.top_k if o.experts is None else o.experts)))
     experts, tokens = (CPU_EXPERTS, CPU_TOKENS) if scaled else (o.experts, o.tokens)
