@@ -15,6 +15,8 @@ from .ops import (
     moe_gemm,
     moe_gemm_decode,
     moe_gemm_prefill,
+    prepare,
+    unprepare,
 )
 from .plan import TileSchedule, TokenPlan, tile_schedule
 from .quantize import dequantize, pack, quantize, unpack
@@ -39,7 +41,9 @@ __all__ = [
     "moe_gemm_decode",
     "moe_gemm_prefill",
     "pack",
+    "prepare",
     "quantize",
     "tile_schedule",
     "unpack",
+    "unprepare",
 ]

@@ -14,6 +14,8 @@ __all__ = ["FORMATS", "SCALE_DTYPES", "SCALE_LAYOUTS", "QuantWeight", "WeightFor
 
 SCALE_LAYOUTS: tuple[str, ...] = ("group", "channel", "tensor", "block128")
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+RELEASED = "released"
+WEIGHT_LAYOUTS: tuple[str, ...] = ("public", "tiles")
 BLOCK = 128  # of scale_layout "block128": 128 x 128 weights share a scale
 
 
@@ -97,7 +99,9 @@ class QuantWeight:
         format: the `WeightFormat`, or its name.
         group_size: consecutive k sharing a scale; K for "channel"; None for the layouts without groups.
         scale_layout: one of `SCALE_LAYOUTS`; "none" if unquantized.
-        weight_layout: "public" (the shapes above) or "prepared" (a backend's own).
+        weight_layout: "public" (the shapes above) or "tiles" (see `layouts.py`): codes in another order; scales int32 or
+            fp32 [E, groups, N]; zeros fp32 like them, or inside the int32 words.
+        scale_dtype: dtype of the scales a public weight has; to be given for any other layout.
 
     Raises: ValueError if shapes, dtypes, devices or options disagree. Values are not read: no host sync.
     """
@@ -109,6 +113,7 @@ class QuantWeight:
     group_size: int | None = None
     scale_layout: str = "group"
     weight_layout: str = "public"
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get_format(self.format))
@@ -117,6 +122,8 @@ class QuantWeight:
             object.__setattr__(self, "group_size", None)
         if self.scale_layout == "channel" and self.codes.ndim == 3:
             object.__setattr__(self, "group_size", self.K)
+        if self.weight_layout == "public" and self.scales is not None:
+            object.__setattr__(self, "scale_dtype", self.scales.dtype)
         _check(self)
 
     @property
@@ -149,6 +156,14 @@ class QuantWeight:
     def n_is_contiguous(self) -> bool:
         """Whether the codes lie as [E, K, N] in memory: a strided view, dequantized in that same order."""
         return self.codes.stride(-1) != 1 and self.codes.stride(-2) == 1
+
+    def release(self) -> None:
+        """Give up the tensors, because another weight has taken their memory over. Using this weight then raises."""
+        for name in ("codes", "scales", "zeros"):
+            t = getattr(self, name)
+            if t is not None:
+                object.__setattr__(self, name, t.to("meta"))
+        object.__setattr__(self, "weight_layout", RELEASED)
 
     def experts(self, start: int, stop: int) -> QuantWeight:
         """Experts start..stop-1 as a view of this weight."""
@@ -184,7 +199,7 @@ class QuantWeight:
         return new
 
     def __repr__(self) -> str:
-        scales = "none" if self.scales is None else f"{str(self.scales.dtype).removeprefix('torch.')}"
+        scales = "none" if self.scales is None else f"{str(self.scale_dtype).removeprefix('torch.')}"
         group = f", group_size={self.group_size}" if self.scale_layout == "group" else ""
         return (
             f"QuantWeight({self.format.name}, E={self.E}, N={self.N}, K={self.K}, scales={self.scale_layout} {scales}"
@@ -236,8 +251,8 @@ def _check(w: QuantWeight) -> None:
         raise ValueError(f"{where}: codes is {tuple(w.codes.shape)}; expected [E, N, K / {w.format.codes_per_byte}].")
     if w.codes.dtype != w.format.storage:
         raise ValueError(f"{where}: codes is {w.codes.dtype}; expected {w.format.storage}.")
-    if w.weight_layout not in ("public", "prepared"):
-        raise ValueError(f"{where}: weight_layout is {w.weight_layout!r}; expected 'public' or 'prepared'.")
+    if w.weight_layout not in WEIGHT_LAYOUTS:
+        raise ValueError(f"{where}: weight_layout is {w.weight_layout!r}; expected one of {', '.join(WEIGHT_LAYOUTS)}.")
     if w.E < 1:
         raise ValueError(f"{where}: codes has no experts; expected [E, N, K] with E >= 1.")
     check_sizes(where, w.format, w.N, w.K)
@@ -253,6 +268,8 @@ def _check(w: QuantWeight) -> None:
         check_group_size(where, w.format, w.K, w.group_size)
     elif w.group_size is not None:
         raise ValueError(f"{where}: group_size is {w.group_size}; scale_layout {w.scale_layout!r} takes None.")
+    if w.weight_layout != "public":
+        return _check_words(where, w)
     _check_parameter(where, w, "scales", w.scales, SCALE_DTYPES)
     if w.format.asym:
         _check_parameter(where, w, "zeros", w.zeros, (w.scales.dtype,) if w.scales is not None else SCALE_DTYPES)
@@ -260,10 +277,29 @@ def _check(w: QuantWeight) -> None:
         raise ValueError(f"{where}: zeros given; a symmetric or fp8 format has none. Drop them or use an asym format.")
 
 
+def _check_words(where: str, w: QuantWeight) -> None:
+    """Scales and zeros of the layout "tiles"."""
+    if w.scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"{where}: scale_dtype is {w.scale_dtype}; expected one of {SCALE_DTYPES}.")
+    wide = w.scale_dtype == torch.float32
+    groups = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)[2] if w.scale_layout != "tensor" else 1
+    shape = (w.E, groups, w.N)
+    _check_parameter(where, w, "scales", w.scales, (torch.float32 if wide else torch.int32,), shape)
+    if w.format.asym and wide:
+        _check_parameter(where, w, "zeros", w.zeros, (torch.float32,), shape)
+    elif w.zeros is not None:
+        raise ValueError(f"{where}: zeros given; they are in the words of the scales.")
+
+
 def _check_parameter(
-    where: str, w: QuantWeight, name: str, t: torch.Tensor | None, dtypes: tuple[torch.dtype, ...]
+    where: str,
+    w: QuantWeight,
+    name: str,
+    t: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None = None,
 ) -> None:
-    shape = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)
+    shape = shape or scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)
     if t is None:
         raise ValueError(f"{where}: {name} missing; expected {shape} in {' or '.join(map(str, dtypes))}.")
     if t.dtype not in dtypes:

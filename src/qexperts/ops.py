@@ -8,7 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import Backend, Problem, select
-from .formats import FORMATS, QuantWeight
+from .formats import FORMATS, RELEASED, QuantWeight
+from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
 from .workspace import clear_workspaces
 
@@ -20,6 +21,8 @@ __all__ = [
     "moe_gemm",
     "moe_gemm_decode",
     "moe_gemm_prefill",
+    "prepare",
+    "unprepare",
 ]
 
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
@@ -52,6 +55,8 @@ def grouped_gemm(
     synchronisation and safe in a CUDA graph, but for the case the torch backend names in `explain`.
     """
     where = "grouped_gemm"
+    if weight.weight_layout == RELEASED:
+        _check_public(where, weight)
     x = _check_activations(where, x, weight.K, weight.device)
     if plan.device != x.device or plan.num_experts != weight.E or plan.total_tokens != x.shape[0]:
         raise ValueError(
@@ -216,9 +221,8 @@ def moe(
 
     Args:
         phase: "decode", "prefill", or "auto": decode when every expert has at most decode_threshold rows. Shapes
-            decide first (total_tokens <= threshold is decode, total_tokens > threshold * E prefill). In between, the
-            counts decide on the CPU; on a GPU nothing is read: there the two kernels of the torch backend are
-            bit-identical by construction.
+            decide first (total_tokens <= threshold is decode, total_tokens > threshold * E prefill). In between the
+            counts decide: on the CPU they are read; on a GPU the kernels read them, or both phases give the same bits.
         decode_threshold: rows per expert, at least 0. (ARK 0.16 compares total rows with 128; this is rows per
             expert, as ARK's repository has it.)
     """
@@ -229,9 +233,41 @@ def moe(
     x, weight, plan = _check_packed(
         "moe", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
     )
-    if phase == "auto":
-        phase = _phase(plan, decode_threshold)
-    return _run("moe", x, weight, plan, phase=phase)
+    if phase == "auto" and plan.device.type == "cpu":
+        phase = "decode" if max(plan.host_counts()) <= decode_threshold else "prefill"
+    return _run("moe", x, weight, plan, phase=phase, decode_threshold=decode_threshold)
+
+
+def prepare(weight: QuantWeight, backend: str = "auto", *, keep_source: bool = False) -> QuantWeight:
+    """Bring a weight into the layout in which a backend runs fastest, for prefill and decode alike.
+
+    Args:
+        weight: in the public layout. Its codes are permuted in place, expert by expert, so that no second copy of
+            them exists; the weight itself is released and raises when used (tensors that share its memory change).
+        backend: a name from `qexperts.backends.BACKENDS`, or "auto": the one that `auto` picks on the weight's device
+            for activations of its scale dtype (bf16 for fp32 scales).
+        keep_source: work on a copy and leave the weight as it is.
+    Returns: the same weight prepared, or the weight itself if the backend reads its public layout (unquantized
+        weights, K not a multiple of 64, the torch backend). `unprepare` gives the public layout back, bit for bit.
+    Raises: ValueError if the weight is prepared already or has been released; UnsupportedError as `grouped_gemm`.
+    """
+    where = "prepare"
+    _check_public(where, weight)
+    half = torch.float16 in (weight.scale_dtype, weight.codes.dtype)
+    x = torch.empty(0, weight.K, dtype=torch.float16 if half else torch.bfloat16, device=weight.device)
+    chosen = select(Problem.of(where, x, weight), backend)
+    if chosen.layout == "public" or chosen.no_layout(weight) is not None:
+        return weight
+    if keep_source:
+        return to_layout(weight.with_tensors(*(t.clone() for t in weight.tensors)), chosen.layout)
+    prepared = to_layout(weight, chosen.layout)
+    weight.release()
+    return prepared
+
+
+def unprepare(weight: QuantWeight) -> QuantWeight:
+    """The public layout of a prepared weight, in new tensors: exactly what `prepare` was given."""
+    return restore(weight)
 
 
 def clear_moe_prefill_workspace_cache() -> None:
@@ -239,15 +275,13 @@ def clear_moe_prefill_workspace_cache() -> None:
     clear_workspaces()
 
 
-def _phase(plan: TokenPlan, threshold: int) -> str:
-    """ "decode" or "prefill". On a GPU the counts stay unread: the torch backend's phases are bit-identical. One whose
-    phases differ has to decide on the device, between the shape rules."""
-    s, e = plan.total_tokens, plan.num_experts
-    if s <= threshold:
-        return "decode"
-    if s > threshold * e or plan.device.type != "cpu":
-        return "prefill"
-    return "decode" if max(plan.host_counts()) <= threshold else "prefill"
+def _check_public(where: str, weight: QuantWeight) -> None:
+    if weight.weight_layout == RELEASED:
+        raise ValueError(
+            f"{where}: this weight has been released by prepare(); use what prepare() returned, or keep_source=True."
+        )
+    if weight.weight_layout != "public":
+        raise ValueError(f"{where}: the weight is already in layout {weight.weight_layout!r}; unprepare() it first.")
 
 
 def _run(
@@ -256,10 +290,11 @@ def _run(
     weight: QuantWeight,
     plan: TokenPlan,
     backend: str = "auto",
-    phase: str | None = None,
+    phase: str = "auto",
+    decode_threshold: int = 4,
     wide: bool = False,
 ) -> torch.Tensor:
-    problem = Problem.of(where, x, weight, phase=phase, wide=wide)
+    problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold, wide=wide)
     chosen = select(problem, backend)
     if not torch.is_grad_enabled():
         return chosen.run(problem, x, weight, plan)
@@ -275,7 +310,7 @@ class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, backend: Backend, problem: Problem, weight: QuantWeight, plan: TokenPlan):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(*weight.tensors)  # so that a weight changed before the backward is noticed
-        ctx.backend, ctx.problem, ctx.weight, ctx.plan = backend, problem, weight, plan
+        ctx.problem, ctx.weight, ctx.plan = problem, weight, plan
         return backend.run(problem, x, weight, plan)
 
     @staticmethod
@@ -283,7 +318,7 @@ class _GroupedGemm(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         weight = ctx.weight.with_tensors(*ctx.saved_tensors)
         problem = dataclasses.replace(ctx.problem, backward=True, wide=False)
-        dx = ctx.backend.run(problem, dy.to(problem.dtype).contiguous(), weight, ctx.plan)
+        dx = select(problem).run(problem, dy.to(problem.dtype).contiguous(), weight, ctx.plan)
         return dx, None, None, None, None
 
 

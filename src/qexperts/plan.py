@@ -9,34 +9,57 @@ import dataclasses
 
 import torch
 
-__all__ = ["TileSchedule", "TokenPlan", "check_tokens", "tile_schedule"]
+from .workspace import is_capturing
+
+__all__ = ["TILE_CLASSES", "TileSchedule", "TokenPlan", "check_tokens", "max_tiles", "tile_schedule"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TokenPlan:
     """S rows over E experts, on one device.
 
     Attributes:
-        num_tokens_per_expert: [E]; int32; rows of each expert, as they are used (see `from_counts`).
-        expert_offsets: [E+1]; int32; first row of each expert, then the end of the last; never above S.
+        counts: [E]; int32 or int64; rows of each expert as they were given; kernels read these.
         total_tokens: S. Rows from expert_offsets[E] on belong to no expert; results there are 0.
         row_to_slot, slot_to_row, row_to_token: [S]; int32; permutations `x_to_y[x] = y` if made from expert ids.
     """
 
-    num_tokens_per_expert: torch.Tensor
-    expert_offsets: torch.Tensor
-    total_tokens: int
-    row_to_slot: torch.Tensor | None = None
-    slot_to_row: torch.Tensor | None = None
-    row_to_token: torch.Tensor | None = None
+    def __init__(
+        self,
+        counts: torch.Tensor,
+        total_tokens: int,
+        row_to_slot: torch.Tensor | None = None,
+        slot_to_row: torch.Tensor | None = None,
+        row_to_token: torch.Tensor | None = None,
+    ) -> None:
+        self.counts = counts
+        self.total_tokens = total_tokens
+        self.row_to_slot, self.slot_to_row, self.row_to_token = row_to_slot, slot_to_row, row_to_token
+        self._offsets: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
-        return self.num_tokens_per_expert.shape[0]
+        return self.counts.shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.expert_offsets.device
+        return self.counts.device
+
+    @property
+    def expert_offsets(self) -> torch.Tensor:
+        """[E+1]; int32; first row of each expert, then the end of the last; never above S. Computed when first asked
+        for, since kernels on packed weights work from the counts. No host sync."""
+        if self._offsets is not None:
+            return self._offsets
+        ends = self.counts.clamp(0, self.total_tokens).cumsum(0, dtype=torch.int64).clamp_(max=self.total_tokens)
+        offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+        if not is_capturing(self.device):  # a graph's tensors hold nothing before it is replayed
+            self._offsets = offsets
+        return offsets
+
+    @property
+    def num_tokens_per_expert(self) -> torch.Tensor:
+        """[E]; int32; rows of each expert, as they are used: negative counts as 0, none past S."""
+        return self.expert_offsets.diff()
 
     @classmethod
     def from_counts(cls, num_tokens_per_expert: torch.Tensor, total_tokens: int) -> TokenPlan:
@@ -56,9 +79,7 @@ class TokenPlan:
             raise ValueError(f"TokenPlan: total_tokens is {total_tokens}; expected at least 0.")
         if counts.device.type == "cpu":
             _check_sum("TokenPlan", counts, total_tokens)
-        ends = counts.clamp(0, total_tokens).cumsum(0, dtype=torch.int64).clamp_(max=total_tokens)
-        offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-        return cls(offsets.diff(), offsets, total_tokens)
+        return cls(counts, total_tokens)
 
     @classmethod
     def from_expert_ids(cls, expert_ids: torch.Tensor, num_experts: int) -> TokenPlan:
@@ -85,10 +106,8 @@ class TokenPlan:
         # scatter_add_ where bincount would read its result's length on the host
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
         counts = counts.scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return cls(
             counts.to(torch.int32),
-            offsets,
             ids.shape[0],
             row_to_slot.to(torch.int32),
             slot_to_row.to(torch.int32),
@@ -139,33 +158,57 @@ def _check_sum(where: str, num_tokens_per_expert: torch.Tensor, total_tokens: in
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileSchedule:
-    """Tiles of at most block_rows rows, none across two experts.
+    """Tiles of at most 128 rows, none across two experts, largest class first.
 
     Attributes:
         tile_expert, tile_row, tile_rows: [max_tiles]; int32; expert, first row and rows of each tile; worst-case
-            length, padded with -1.
+            length, padded with -1. Expert E stands for rows past the sum of the counts, to be zeroed.
     """
 
     tile_expert: torch.Tensor
     tile_row: torch.Tensor
     tile_rows: torch.Tensor
-    block_rows: int
 
 
-def tile_schedule(plan: TokenPlan, block_rows: int) -> TileSchedule:
-    """Cut the plan's rows into tiles, on the device of the plan. No host sync; safe in a CUDA graph."""
-    if block_rows < 1:
-        raise ValueError(f"tile_schedule: block_rows is {block_rows}; expected at least 1.")
-    s, e = plan.total_tokens, plan.num_experts
-    max_tiles = s // block_rows + min(e, s)
-    counts, offsets = plan.num_tokens_per_expert.long(), plan.expert_offsets.long()
-    ends = ((counts + block_rows - 1) // block_rows).cumsum(0)  # [E] tiles up to and with each expert
-    tile = torch.arange(max_tiles, device=plan.device)
-    expert = torch.searchsorted(ends, tile, right=True)
-    used = expert < e
-    expert = expert.clamp(max=e - 1)
-    in_expert = tile - (ends[expert] - (counts[expert] + block_rows - 1) // block_rows)
-    row = offsets[expert] + in_expert * block_rows
-    rows = torch.minimum(offsets[expert + 1] - row, torch.full_like(row, block_rows))
-    tile_expert, tile_row, tile_rows = (torch.where(used, t, -1).to(torch.int32) for t in (expert, row, rows))
-    return TileSchedule(tile_expert, tile_row, tile_rows, block_rows)
+TILE_ROWS = 128
+TILE_CLASSES = (128, 64, 32, 16)
+# Classes that cover what remains of an expert after tiles of 128, by 16-row units: two where that saves padding. A
+# tile costs about its class, but no less than one of 32 rows: its weights are dequantized all the same.
+_REMAINDER = ((), (16,), (32,), (64,), (64,), (64, 16), (64, 32), (128,), (128,))
+
+
+def max_tiles(total_tokens: int, num_experts: int) -> int:
+    """Tiles that S rows over E experts can need at most: the remainders of at most min(E, S) experts take two each."""
+    return total_tokens // TILE_ROWS + 2 * min(num_experts, total_tokens) + 1
+
+
+def tile_schedule(plan: TokenPlan) -> TileSchedule:
+    """Cut the plan's rows into tiles of the classes 16, 32, 64 and 128, on the device of the plan.
+
+    A tile's class is the smallest that holds its rows. The kernel `kernels/schedule.py` builds the same schedule.
+    No host sync; safe in a CUDA graph.
+    """
+    s, e, device = plan.total_tokens, plan.num_experts, plan.device
+    offsets = plan.expert_offsets.long()
+    counts = offsets.diff()
+    table = torch.tensor([[c in classes for classes in _REMAINDER] for c in TILE_CLASSES], device=device).long()
+    tiles = table[:, (counts % TILE_ROWS + 15) // 16]  # [4, E] tiles of each class
+    tiles[0] += counts // TILE_ROWS
+    zeroing = (s - offsets[-1:] + TILE_ROWS - 1) // TILE_ROWS
+    ends = torch.cat([tiles.flatten(), zeroing]).cumsum(0)  # [4 E + 1]
+    tile = torch.arange(max_tiles(s, e), device=device)
+    slot = torch.searchsorted(ends, tile, right=True)
+    used = slot <= 4 * e
+    slot = slot.clamp(max=4 * e)
+    kind, expert = slot // e, slot % e
+    size = torch.tensor([*TILE_CLASSES, TILE_ROWS], device=device)[kind]
+    in_slot = tile - torch.nn.functional.pad(ends, (1, 0))[slot]
+    remainder = offsets[expert] + counts[expert] // TILE_ROWS * TILE_ROWS
+    second = tiles[1, expert] * 64  # a tile of 32 or 16 rows comes after one of 64
+    row = torch.where(kind == 0, offsets[expert] + in_slot * TILE_ROWS, remainder + torch.where(kind > 1, second, 0))
+    zero = kind == 4
+    row = torch.where(zero, offsets[-1] + in_slot * TILE_ROWS, row)
+    end = torch.where(zero, s, offsets[expert + 1])
+    rows = torch.minimum(end - row, size)
+    expert = torch.where(zero, e, expert)
+    return TileSchedule(*(torch.where(used, t, -1).to(torch.int32) for t in (expert, row, rows)))

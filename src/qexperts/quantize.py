@@ -5,6 +5,7 @@ Index glossary: E experts, N outputs, K contraction, G group size, C codes per b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,6 +21,7 @@ from .formats import (
     get_format,
     scales_shape,
 )
+from .layouts import restore
 
 __all__ = ["dequantize", "dequantize_into", "dequantize_steps", "pack", "quantize", "unpack"]
 
@@ -222,9 +224,8 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.T
     Args:
         dtype: fp16, bf16, fp32 or fp64 (exact); default the dtype of the scales, or of an unquantized weight.
     Returns: [E, N, K]; contiguous, or strided as the codes are. fp32 scales: the product is rounded to fp32 first.
-    Raises: ValueError if the weight is in a prepared layout.
 
-    No host sync.
+    No host sync. A weight in a prepared layout is restored chunk by chunk.
     """
     if dtype is None:
         dtype = weight.scales.dtype if weight.scales is not None else weight.codes.dtype
@@ -247,7 +248,11 @@ def dequantize_into(out: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
 def dequantize_steps(out: torch.Tensor, weight: QuantWeight) -> list[tuple[Callable[[], object], int]]:
     """`dequantize_into` as calls over fixed tensors, each with the number of device operations it issues."""
     if weight.weight_layout != "public":
-        raise ValueError("dequantize: the weight is in a prepared layout; undo the preparation first.")
+
+        def restored(start: int, stop: int) -> None:
+            dequantize_into(out[start:stop], restore(weight.experts(start, stop)))
+
+        return [(functools.partial(restored, *chunk), 1) for chunk in _chunks(weight)]
     if not weight.format.quantized:
         return [(lambda: out.copy_(weight.codes), 1)]
     steps: list[tuple[Callable[[], object], int]] = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .formats import BLOCK, QuantWeight
+from .layouts import restore
 from .quantize import unpack
 
 __all__ = ["exact_weight", "grouped_gemm_reference"]
@@ -21,7 +22,7 @@ def exact_weight(weight: QuantWeight, expert: int, dtype: torch.dtype = torch.fl
     if not fmt.quantized:
         return codes.to(dtype)
     if weight.weight_layout != "public":
-        raise ValueError("reference: the weight is in a prepared layout; undo the preparation first.")
+        return exact_weight(restore(weight.experts(expert, expert + 1)), 0, dtype)
     assert weight.scales is not None
     values = codes.to(dtype) if fmt.kind == "fp8" else unpack(codes, fmt).to(dtype)
     if weight.zeros is not None:

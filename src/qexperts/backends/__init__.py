@@ -10,7 +10,7 @@ import torch
 from ..errors import UnsupportedError
 from ..formats import QuantWeight, WeightFormat
 from ..plan import TokenPlan
-from . import torch_backend
+from . import torch_backend, triton_backend
 
 __all__ = ["BACKENDS", "Answer", "Backend", "Problem", "explain", "select"]
 
@@ -23,7 +23,8 @@ class Problem:
         where: the public function, for error messages.
         S, E, N, K: rows, experts, outputs, contraction.
         dtype: of the activations.
-        phase: "decode" or "prefill" if the caller chose one, else None.
+        phase: "decode" or "prefill" if the caller chose one, else "auto": decode if every expert has at most
+            decode_threshold rows.
         backward: the gradient with respect to the activations instead of the result.
         wide: the result is wanted in fp32, not rounded to the dtype of the activations if that can be helped.
     """
@@ -40,7 +41,8 @@ class Problem:
     scale_layout: str = "group"
     scale_dtype: torch.dtype | None = None
     weight_layout: str = "public"
-    phase: str | None = None
+    phase: str = "auto"
+    decode_threshold: int = 4
     backward: bool = False
     wide: bool = False
 
@@ -51,7 +53,8 @@ class Problem:
         x: torch.Tensor,
         weight: QuantWeight,
         *,
-        phase: str | None = None,
+        phase: str = "auto",
+        decode_threshold: int = 4,
         wide: bool = False,
         backward: bool = False,
     ) -> Problem:
@@ -67,9 +70,10 @@ class Problem:
             K=weight.K,
             group_size=weight.group_size,
             scale_layout=weight.scale_layout,
-            scale_dtype=None if weight.scales is None else weight.scales.dtype,
+            scale_dtype=weight.scale_dtype,
             weight_layout=weight.weight_layout,
             phase=phase,
+            decode_threshold=decode_threshold,
             backward=backward,
             wide=wide,
         )
@@ -104,11 +108,15 @@ class Backend:
     Attributes:
         supports: problem -> (reason it cannot, or None; note; host sync).
         run: problem; x [S, K] or, backward, [S, N]; weight; plan -> result.
+        layout: of weights prepared for it; "public" if it has none of its own.
+        no_layout: public weight -> why it stays as it is, or None.
     """
 
     name: str
     supports: Callable[[Problem], tuple[str | None, str, bool]]
     run: Callable[[Problem, torch.Tensor, QuantWeight, TokenPlan], torch.Tensor]
+    layout: str = "public"
+    no_layout: Callable[[QuantWeight], str | None] = lambda weight: None
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -116,6 +124,9 @@ class Backend:
 
 
 BACKENDS: Mapping[str, Backend] = {
+    "triton": Backend(
+        "triton", triton_backend.supports, triton_backend.run, triton_backend.LAYOUT, triton_backend.no_layout
+    ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }
 

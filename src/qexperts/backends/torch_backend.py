@@ -224,8 +224,6 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     fmt, dtype = problem.format, problem.dtype
     if problem.device.type == "meta":
         return "tensors on the meta device hold no data", "", False
-    if problem.weight_layout != "public":
-        return "needs the public weight layout, this is a prepared one", "", False
     if dtype == torch.float32 and problem.device.type != "cpu":
         return "fp32 activations run on the CPU only; use bf16 or fp16", "", False
     if not fmt.quantized and dtype not in (fmt.storage, torch.float32):

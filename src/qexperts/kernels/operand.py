@@ -1,0 +1,72 @@
+"""What a kernel needs of a quantized weight: tensors, strides in the units of its pointers, compile-time facts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from ..formats import BLOCK, QuantWeight
+
+__all__ = ["Operand", "operand", "tl_dtype"]
+
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    return _TL[dtype]
+
+
+class Operand(NamedTuple):
+    """A weight as kernel arguments.
+
+    Attributes:
+        w, s, z: codes, scales, zeros; s and z stand in for what a format does not have.
+        strides: of an expert, a row and a k of w (32-bit words, or elements if strided); of an expert, a row and a
+            group of s and z.
+        layout, scale, group, scale_rows: see `tile.py`.
+    """
+
+    w: torch.Tensor
+    s: torch.Tensor
+    z: torch.Tensor
+    strides: tuple[int, int, int, int, int, int]
+    format: str
+    layout: str
+    scale: tl.dtype
+    group: int
+    scale_rows: int
+    N: int
+    K: int
+
+
+def operand(weight: QuantWeight, like: torch.Tensor) -> Operand:
+    """like: a tensor on the device, for arguments that a format does not have."""
+    codes, scales = weight.codes, weight.scales
+    e, n, k = codes.stride()
+    name, size = weight.format.name, (weight.N, weight.K)
+    if scales is None:
+        return Operand(codes, like, like, (e, n, k, 0, 0, 0), name, "strided", _TL[codes.dtype], 0, 1, *size)
+    zeros = weight.zeros if weight.zeros is not None else scales
+    if weight.weight_layout == "tiles":
+        group = _group(weight)
+        strides = (e // 4, n // 4, 1, scales.stride(0), 1, scales.stride(1))
+        return Operand(codes, scales, zeros, strides, name, "tiles", _TL[weight.scale_dtype], group, 1, *size)
+    if weight.scale_layout == "tensor":
+        se, sn, sg = scales.stride(0), 0, 0
+    else:
+        se, sn, sg = scales.stride()
+    rows = BLOCK if weight.scale_layout == "block128" else 1
+    scale = _TL[scales.dtype]
+    if k != 1 or n % 4 or e % 4 or codes.data_ptr() % 4:
+        return Operand(codes, scales, zeros, (e, n, k, se, sn, sg), name, "strided", scale, _group(weight), rows, *size)
+    strides = (e // 4, n // 4, 1, se, sn, sg)
+    return Operand(codes, scales, zeros, strides, name, "public", scale, _group(weight), rows, *size)
+
+
+def _group(weight: QuantWeight) -> int:
+    """Consecutive k that share a scale, 0 for a whole row."""
+    if weight.scale_layout == "block128":
+        return BLOCK
+    return 0 if weight.group_size in (None, weight.K) else weight.group_size

@@ -1,0 +1,120 @@
+"""Offsets and the tile schedule of a prefill, on the device: one small kernel, no host sync.
+
+Program e writes expert e's first row and its tiles; program E the tiles that zero the rows past the sum, the number
+of tiles, and the padding. A tile is at most 128 rows of one expert. What remains of an expert after tiles of 128 is
+covered by tiles of the classes 16, 32, 64 and 128 rows (`tile_class`), two of them where that saves padding: a tile
+costs about its class, or as much as 32 rows, whichever is more, since its weights are dequantized all the same.
+
+    16-row units that remain   1     2     3     4     5        6        7     8
+    classes                    16    32    64    64    64, 16   64, 32   128   128
+
+Everything is in one int32 buffer: the number of tiles, three counters of `prefill.py` (0), expert_offsets [E+1],
+tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class, the zeroing ones last. Index glossary: u 16-row units.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import max_tiles
+
+__all__ = ["launch", "size"]
+
+
+@triton.jit
+def _classes(n):
+    """Tiles of 128, 64, 32 and 16 rows for n rows of one expert."""
+    u = (n % 128 + 15) // 16
+    n128 = n // 128 + (u >= 7).to(tl.int32)
+    n64 = ((u >= 3) & (u <= 6)).to(tl.int32)
+    n32 = ((u == 2) | (u == 6)).to(tl.int32)
+    n16 = ((u == 1) | (u == 5)).to(tl.int32)
+    return n128, n64, n32, n16
+
+
+@triton.jit(do_not_specialize=["S", "E", "LIMIT", "MAX_TILES"])
+def schedule_kernel(
+    schedule_ptr, counts_ptr, S, E, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    offsets_ptr = schedule_ptr + 4
+    tile_expert_ptr = offsets_ptr + E + 1
+    tile_row_ptr = tile_expert_ptr + MAX_TILES
+    tile_rows_ptr = tile_row_ptr + MAX_TILES
+    program = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
+    counts = tl.minimum(tl.maximum(counts, 0), S).to(tl.int64)
+    sums = tl.cumsum(counts, 0)
+    ends = tl.minimum(sums, S).to(tl.int32)
+    starts = tl.minimum(sums - counts, S).to(tl.int32)
+    n128, n64, n32, n16 = _classes(ends - starts)
+    before = offs_e < program
+    total128, total64, total32 = tl.sum(n128, 0), tl.sum(n64, 0), tl.sum(n32, 0)
+    if program < E:
+        mine = offs_e == program
+        start = tl.sum(tl.where(mine, starts, 0), 0)
+        n = tl.sum(tl.where(mine, ends, 0), 0) - start
+        tl.store(offsets_ptr + program, start)
+        k128, k64, k32, k16 = _classes(n)
+        first = tl.sum(tl.where(before, n128, 0), 0)
+        lanes = tl.arange(0, 128)
+        for i in range(0, k128, 128):
+            j = i + lanes
+            tile = first + j
+            tl.store(tile_expert_ptr + tile, program, mask=j < k128)
+            tl.store(tile_row_ptr + tile, start + 128 * j, mask=j < k128)
+            tl.store(tile_rows_ptr + tile, tl.minimum(n - 128 * j, 128), mask=j < k128)
+        row = start + n // 128 * 128
+        left = n % 128
+        if k64 > 0:
+            tile = total128 + tl.sum(tl.where(before, n64, 0), 0)
+            tl.store(tile_expert_ptr + tile, program)
+            tl.store(tile_row_ptr + tile, row)
+            tl.store(tile_rows_ptr + tile, tl.minimum(left, 64))
+            row += 64
+            left -= 64
+        if k32 > 0:
+            tile = total128 + total64 + tl.sum(tl.where(before, n32, 0), 0)
+            tl.store(tile_expert_ptr + tile, program)
+            tl.store(tile_row_ptr + tile, row)
+            tl.store(tile_rows_ptr + tile, left)
+        if k16 > 0:
+            tile = total128 + total64 + total32 + tl.sum(tl.where(before, n16, 0), 0)
+            tl.store(tile_expert_ptr + tile, program)
+            tl.store(tile_row_ptr + tile, row)
+            tl.store(tile_rows_ptr + tile, left)
+    else:
+        end = tl.max(ends, 0)
+        tl.store(offsets_ptr + E, end)
+        tiles = total128 + total64 + total32 + tl.sum(n16, 0)
+        zeroing = (S - end + 127) // 128
+        number = tiles + zeroing
+        if CONDITION == 2:
+            number = tl.where(tl.max(ends - starts, 0) > LIMIT, number, 0)
+        tl.store(schedule_ptr, number)
+        for i in range(1, 4):
+            tl.store(schedule_ptr + i, 0)  # the counters of `prefill.py`
+        lanes = tl.arange(0, 1024)
+        for i in range(tiles, MAX_TILES, 1024):
+            tile = i + lanes
+            row = end + 128 * (tile - tiles)
+            used = tile < tiles + zeroing
+            tl.store(tile_expert_ptr + tile, tl.where(used, E, -1), mask=tile < MAX_TILES)
+            tl.store(tile_row_ptr + tile, tl.where(used, row, -1), mask=tile < MAX_TILES)
+            tl.store(tile_rows_ptr + tile, tl.where(used, tl.minimum(S - row, 128), -1), mask=tile < MAX_TILES)
+
+
+def size(total_tokens: int, num_experts: int) -> int:
+    """int32 elements of the buffer."""
+    return 4 + num_experts + 1 + 3 * max_tiles(total_tokens, num_experts)
+
+
+def launch(schedule: torch.Tensor, counts: torch.Tensor, total_tokens: int, limit: int, condition: int) -> None:
+    """schedule: [size]; int32. counts: [E]; int32 or int64. condition 2: no tiles if no expert passes limit rows."""
+    experts = counts.shape[0]
+    schedule_kernel[(experts + 1,)](
+        schedule, counts, total_tokens, experts, limit, max_tiles(total_tokens, experts),
+        CONDITION=condition, BLOCK_E=triton.next_power_of_2(experts),
+    )  # fmt: skip

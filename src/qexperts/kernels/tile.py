@@ -1,0 +1,197 @@
+"""One output tile: acc[n, m] += dequantize(w)[n, k] * x[m, k] over a range of k.
+
+The weights stand on the left, so that on NVIDIA they go from registers into the matrix instruction and never through
+shared memory, and the number of rows (the width of the right operand) may be any multiple of 8.
+
+Layouts of the weights, Kw = 32-bit words of a row of K codes, J = words of a lane in a block of 64 k:
+
+    public    row n at n * Kw; block b of 64 k at 4 J b; lane q at J q; columns of x permuted by `slot_to_k`
+    tiles     rows 16 i .. 16 i + 15 at 16 Kw i; in it block b at 64 J b; in it row n % 16 at 4 J (n % 16), lane q at
+              J q; scales and zeros as words, see `layouts.py`
+    strided   elements at n * stride_wn + k * stride_wk (8-bit codes, bf16 and fp16 weights)
+
+Glossary: B blocks of 64 k in BLOCK_K, q lane of a fragment, J words of a lane in a block, s step of 16 k.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dequant import code_bits, code_value, dequant_words, is_asym, round_to, scale_operand, slot_to_k, zero_operand
+
+__all__ = ["accumulate"]
+
+
+@triton.jit
+def _group(k, GROUP: tl.constexpr):
+    """The group of a row that k belongs to. GROUP: 0 for one group a row."""
+    if GROUP == 0:
+        g = k * 0
+    else:
+        g = k // GROUP
+    return g
+
+
+@triton.jit
+def _step_groups(k, s, K, FORMAT: tl.constexpr, PUBLIC: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Group of step s of each word, where a block of weights has several: [1, B, 1 or 4, 1 or J]."""
+    STEPS: tl.constexpr = 8 // code_bits(FORMAT)  # in a word
+    k += 64 * tl.arange(0, BLOCK_K // 64)[None, :, None, None]
+    if GROUP < 64:
+        if PUBLIC:  # lane q has 16 consecutive k
+            k += 16 * tl.arange(0, 4)[None, None, :, None]
+        else:
+            if STEPS < 4:
+                k += (16 * STEPS) * tl.arange(0, 4 // STEPS)[None, None, None, :]
+            k += 16 * s
+    return tl.minimum(k, K - 1) // GROUP  # a tail of K is not a whole block
+
+
+@triton.jit
+def _operands(
+    s_ptr, z_ptr, offs, FORMAT: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
+    PATH: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero operands at offsets of any shape. PLAIN: the scale as fp32."""
+    ASYM: tl.constexpr = is_asym(FORMAT)
+    word = tl.load(s_ptr + offs)
+    if not TILES or SCALE == tl.float32:
+        s = word.to(tl.float32) if PLAIN else scale_operand(word, DTYPE, PATH)
+        z = s
+        if ASYM:
+            z = zero_operand(tl.load(z_ptr + offs), FORMAT, DTYPE, PATH)
+    else:  # low half the scale; high half the zero, or the scale again
+        if PLAIN or PATH != "ptx" or SCALE != DTYPE:
+            s = (word & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
+        elif ASYM:
+            s = (word & 0xFFFF) | (word << 16)
+        else:
+            s = word
+        z = s
+        if ASYM:
+            z = zero_operand((word >> 16).to(tl.int16).to(SCALE, bitcast=True), FORMAT, DTYPE, PATH)
+    return s, z
+
+
+@triton.jit
+def _dot(a, x, acc, PATH: tl.constexpr):
+    """acc + a @ x; fp32. The interpreter multiplies bf16 as if it were integers, so there the operands are widened."""
+    if PATH == "interpreter":
+        acc = tl.dot(a.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, x, acc)
+    return acc
+
+
+@triton.jit
+def accumulate(
+    acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
+    FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    AFTER: tl.constexpr, MASK_X: tl.constexpr, GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """acc: [BLOCK_N, BLOCK_M]; f32.
+
+    Args:
+        x_ptr: first row of the tile. w_ptr, s_ptr, z_ptr: the expert's.
+        rows_x: rows of the tile that exist; MASK_X: load no others (few rows), instead of the last one again.
+        first_n: first row of the weight.
+        k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
+        SCALE: dtype of the scales. GROUP: 0 for one group a row. SCALE_ROWS: consecutive n that share a scale.
+        AFTER: multiply by the scale after the sum over a block (one group a block at most), not before.
+        GATHER_X: take columns of x by `slot_to_k`; otherwise, in the public layout, x has been permuted.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = BLOCK_K // 64
+    BITS: tl.constexpr = code_bits(FORMAT)
+    J: tl.constexpr = BITS // 2
+    WORDS: tl.constexpr = LAYOUT != "strided"
+    TILES: tl.constexpr = LAYOUT == "tiles"
+    ONE: tl.constexpr = WORDS and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
+    # Loaded a loop ahead: 2-byte scales are too narrow for the pipeline of asynchronous copies.
+    AHEAD: tl.constexpr = ONE and not TILES
+    WIDE: tl.constexpr = SCALE != DTYPE
+    offs_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
+    offs_k = tl.arange(0, BLOCK_K)
+    columns = slot_to_k(offs_k, BITS) if GATHER_X else offs_k
+    offs_m = tl.arange(0, acc.shape[1])
+    width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" and not GATHER_X else K  # padded when it was permuted
+    mask_x = (offs_m < rows_x)[None, :]
+    # 32 bits wide: half the registers of pointers
+    offs_x = columns[:, None] + (offs_m if MASK_X else tl.minimum(offs_m, rows_x - 1))[None, :] * stride_xm
+    rows = offs_n // SCALE_ROWS * stride_sn
+    if WORDS:
+        offs_w = tl.arange(0, B * 4 * J)
+        Kw = K // 64 * (4 * J) if EVEN_K else K * BITS // 32
+        if TILES:
+            w_ptrs = w_ptr + (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
+            w_ptrs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
+        else:
+            w_ptrs = w_ptr + (offs_n * Kw)[:, None] + offs_w[None, :]
+    else:
+        w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    if AHEAD or (ONE and GROUP == 0):
+        offs = rows + _group(k_start, GROUP) * stride_sg
+        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+    for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+        if EVEN_K and not MASK_X:
+            x = tl.load(x_ptr + k + offs_x)
+        elif EVEN_K:
+            x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0.0)
+        else:
+            x = tl.load(x_ptr + k + offs_x, mask=mask_x & (k + columns < width_x)[:, None], other=0.0)
+        if WORDS:
+            if TILES:
+                w = tl.load(w_ptrs + k // 64 * (64 * J))
+            elif EVEN_K:
+                w = tl.load(w_ptrs + k // 64 * (4 * J))
+            else:
+                w = tl.load(w_ptrs + k // 64 * (4 * J), mask=(k // 64 * (4 * J) + offs_w < Kw)[None, :], other=0)
+            if ONE:
+                if GROUP == 0:
+                    scale, zero = next_s, next_z
+                elif AHEAD:
+                    scale, zero = next_s, next_z
+                    offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
+                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+                else:
+                    offs = rows + _group(k, GROUP) * stride_sg
+                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+                s0, z0 = scale[:, None, None, None], zero[:, None, None, None]
+                s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
+            else:
+                rows_4 = rows[:, None, None, None]
+                offs = rows_4 + _step_groups(k, 0, K, FORMAT, not TILES, GROUP, BLOCK_K) * stride_sg
+                s0, z0 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+                s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
+                if TILES and GROUP == 16 and BITS < 8:
+                    offs = rows_4 + _step_groups(k, 1, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+                    s1, z1 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+                if TILES and GROUP < 64 and BITS == 2:
+                    offs = rows_4 + _step_groups(k, 2, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+                    s2, z2 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+                    s3, z3 = s2, z2
+                    if GROUP == 16:
+                        offs = rows_4 + _step_groups(k, 3, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+                        s3, z3 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+            w = tl.reshape(w, (BLOCK_N, B, 4, J))
+            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, not AFTER, WIDE)
+        else:
+            if EVEN_K:
+                a = tl.load(w_ptrs + k * stride_wk)
+            else:
+                a = tl.load(w_ptrs + k * stride_wk, mask=(k + offs_k < K)[None, :], other=0.0)
+            if FORMAT != "bf16" and FORMAT != "fp16":
+                word = a.to(tl.uint8, bitcast=True).to(tl.int32)
+                offs = rows[:, None] + _group(tl.minimum(k + offs_k, K - 1), GROUP)[None, :] * stride_sg
+                s, z = _operands(s_ptr, z_ptr, offs, FORMAT, False, SCALE, DTYPE, "portable", True)
+                a = round_to(code_value(word, z, 0, FORMAT) * s, DTYPE, PATH)
+        if AFTER and GROUP > 0:
+            acc += _dot(a, x, tl.zeros_like(acc), PATH) * scale[:, None]
+        else:
+            acc = _dot(a, x, acc, PATH)
+    if AFTER and GROUP == 0:
+        acc = acc * next_s[:, None]
+    return acc
