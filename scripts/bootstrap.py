@@ -5,7 +5,8 @@
 The environment is the active one ($VIRTUAL_ENV, or the interpreter running this if it is a virtual environment's), else
 .venv beside pyproject.toml, made at first use; where the base interpreter has torch, .venv sees its packages. Then pip
 installs the requirements of the core and of EXTRA that are not satisfied; with none, pip is not called. In an
-environment that is not ours nothing else changes: torch is never replaced and qexperts itself is not installed.
+environment that is not ours nothing else changes: torch, and the Triton that belongs to it, are never replaced, and
+qexperts itself is not installed.
 
 Standard output holds the interpreter's path alone; progress goes to standard error. Standard library only.
 """
@@ -28,6 +29,8 @@ OWN = ROOT / ".venv"
 PROJECT = "qexperts"
 # One tested release, and only where there is no torch yet; pip takes the build that its index has for this platform.
 TORCH = "torch==2.13.0"
+# Another version of these may break the environment that they are found in.
+KEPT = ("torch", "triton")
 
 
 def say(text: str) -> None:
@@ -136,13 +139,14 @@ def installed_version(name: str) -> str | None:
 
 def install(missing: dict[str, str], torch: str) -> None:
     own = Path(sys.prefix).resolve() == OWN.resolve()
-    if "torch" in missing:
-        there = installed_version("torch")
-        if there and not own:
+    for name in KEPT:
+        there = installed_version(name)
+        if name in missing and there and not own:
             fail(
-                f"torch {there} is installed in {sys.prefix}; {PROJECT} needs {missing['torch']} and does not replace "
-                "yours; deactivate the environment (then .venv is used) or change its torch yourself"
+                f"{name} {there} is installed in {sys.prefix}; {PROJECT} needs {missing[name]} and does not replace "
+                f"yours; deactivate the environment (then .venv is used) or change its {name} yourself"
             )
+    if "torch" in missing:
         missing = {**missing, "torch": torch}
     wanted = list(missing.values())
     say(f"installing into {sys.prefix}: {', '.join(wanted)}")

@@ -9,8 +9,9 @@ import torch
 
 from qexperts import FORMATS
 from qexperts.bench import measure, providers
+from qexperts.bench.candidates import Candidate, enumerate_candidates
 from qexperts.bench.measure import measure_workload
-from qexperts.bench.providers import Binder, Candidate, enumerate_candidates
+from qexperts.bench.providers import Binder
 from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
 from qexperts.bench.timing import Sampler, percentile
 from qexperts.bench.workloads import Workload, decode_distribution, make_inputs

@@ -45,7 +45,9 @@ BAD = {
     "save is a folder": (["--save", "."], ["directory"]),
     "strategies": (["--strategies", "fastest"], ["fastest", "per_expert"]),
     "thresholds": (["--thresholds", "64,x"], ["64,x", "integers"]),
-    "provider": (["--provider", "fused"], ["fused", "torch"]),
+    "provider": (["--provider", "torch,ours"], ["torch,ours", "humming"]),
+    "weight layout": (["--weight-layout", "tiles"], ["tiles", "prepared, public"]),
+    "peer tries": (["--peer-tries", "-1"], ["--peer-tries -1"]),
     "api": (["--api", "raw,cooked"], ["raw,cooked"]),
     "rounds": (["--rounds", "0"], ["--rounds 0"]),
     "device": (["--device", "nonsense"], ["nonsense"]),
@@ -155,6 +157,16 @@ def test_decode_runs_the_public_call(tmp_path: Path) -> None:
     assert {r["status"] for r in rows} == {"ok"}
 
 
+def test_kernels_for_gpus_are_refused_on_a_cpu_with_the_reason() -> None:
+    done = qexperts("bench", "prefill", *TINY, "--formats", "int4_sym", "--provider", "fused,humming")
+    assert done.returncode == 0, done.stderr
+    assert "n/a: every row of fused: runs on GPUs; tensors are on cpu" in done.stdout
+    assert "humming grouped" in done.stdout or "humming fused grouped" in done.stdout
+    assert "runs on NVIDIA GPUs" in done.stdout
+    done = qexperts("bench", "decode", "--help")
+    assert all(text in done.stdout for text in ("--provider", "humming", "--weight-layout", "--peer-tries"))
+
+
 def test_wrapper_api_times_planning_and_the_public_call() -> None:
     done = qexperts("bench", "prefill", *TINY, "--formats", "int4_asym", "--api", "raw,wrapper", "--out", "json")
     rows = json.loads(done.stdout)
@@ -225,7 +237,10 @@ def test_formats_doctor_and_help() -> None:
     assert done.returncode == 0 and "int2_asym" in done.stdout and "4.125" in done.stdout
     done = qexperts("doctor", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    for text in ("AMD GPU", "Intel GPU", "never run", "Ceilings", "torch", "int4_asym", "fp16 weights need fp16"):
+    for text in (
+        "AMD GPU", "Intel GPU", "never run", "Ceilings", "torch", "int4_asym", "fp16 weights need fp16", "triton",
+        "runs on GPUs", "Peers: humming-kernels",
+    ):  # fmt: skip
         assert text in done.stdout
     for arguments in ([], ["bench"], ["--help"], ["bench", "prefill", "--help"]):
         done = qexperts(*arguments)

@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "errors",
     "formats",
+    "layouts",
     "quantize",
     "workspace",
     "routing",
@@ -33,6 +34,7 @@ LAYERS = (
     "strategies",
     "backends",
     "ops",
+    "library",
     "layer",
     "testing",
     "integrations",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qexperts import TokenPlan, check_tokens, tile_schedule
+from qexperts.plan import TILE_CLASSES, max_tiles
 
 INDEX = [torch.int32, torch.int64]
 counts_lists = st.lists(st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 300)), min_size=1, max_size=40)
-block_sizes = st.sampled_from([1, 2, 3, 16, 32, 64, 128])
 
 
 @st.composite
@@ -163,64 +165,101 @@ def test_expert_ids_of_the_wrong_kind_raise(ids: torch.Tensor, experts: int) -> 
 # ---- tiles
 
 
-def check_tiles(plan: TokenPlan, block: int) -> None:
-    schedule = tile_schedule(plan, block)
-    assert schedule.block_rows == block
+def cheapest(rows: int) -> tuple[int, ...]:
+    """Classes that cover at most 128 rows: a tile costs its class, at least 32; then few tiles, then little padding."""
+    covers = [(c,) for c in TILE_CLASSES] + list(itertools.combinations_with_replacement(TILE_CLASSES, 2))
+    fitting = [cover for cover in covers if sum(cover) >= rows]
+    return min(fitting, key=lambda cover: (sum(max(c, 32) for c in cover), len(cover), sum(cover)))
+
+
+def tile_class(rows: int) -> int:
+    return min(c for c in TILE_CLASSES if c >= rows)
+
+
+def check_tiles(plan: TokenPlan) -> None:
+    schedule = tile_schedule(plan)
     columns = (schedule.tile_expert, schedule.tile_row, schedule.tile_rows)
-    assert all(t.dtype == torch.int32 and t.shape == schedule.tile_expert.shape for t in columns)
+    length = max_tiles(plan.total_tokens, plan.num_experts)
+    assert all(t.dtype == torch.int32 and t.shape == (length,) for t in columns)
     tiles = list(zip(*(t.tolist() for t in columns), strict=True))
     real = [tile for tile in tiles if tile[0] >= 0]
     assert all(tile == (-1, -1, -1) for tile in tiles[len(real) :]), "padding must come last and be -1 everywhere"
-    offsets = plan.expert_offsets.tolist()
-    covered = []
+    offsets, counts = plan.expert_offsets.tolist(), plan.host_counts()
+    covered, classes = [], [[] for _ in counts]
     for expert, row, rows in real:
         assert 0 <= expert < plan.num_experts
-        assert 1 <= rows <= block, f"tile of {rows} rows"
+        assert 1 <= rows <= 128, f"tile of {rows} rows"
         assert offsets[expert] <= row and row + rows <= offsets[expert + 1], f"tile at {row} leaves expert {expert}"
         covered += range(row, row + rows)
+        classes[expert].append(tile_class(rows))
     assert sorted(covered) == list(range(offsets[-1])), "every row of an expert once, no other"
-    assert len(real) == sum(-(-n // block) for n in plan.host_counts()), "no more tiles than needed"
+    order = [(-tile_class(rows), expert, row) for expert, row, rows in real]
+    assert order == sorted(order), "largest class first, in it by expert and row"
+    for count, found in zip(counts, classes, strict=True):
+        left = count % 128
+        assert found == [128] * (count // 128) + (list(cheapest(left)) if left else []), f"tiles for {count} rows"
 
 
-@given(counts=counts_lists, block=block_sizes)
-@example(counts=[0], block=16)
-@example(counts=[1] * 40, block=128)
-@example(counts=[17] * 8, block=16)
-@example(counts=[0, 0, 33, 0], block=16)
-def test_tiles_cover_every_row_once(counts: list[int], block: int) -> None:
-    check_tiles(plan_of(counts), block)
+@pytest.mark.parametrize("left", range(1, 129))
+def test_what_remains_of_an_expert_is_covered_cheaply(left: int) -> None:
+    check_tiles(plan_of([left]))
+    check_tiles(plan_of([0, 256 + left, 3, left]))
 
 
-@given(routing=routings(), block=block_sizes)
-def test_tiles_leave_sentinels_out(routing: tuple[int, list[list[int]]], block: int) -> None:
+@given(counts=counts_lists)
+@example(counts=[0])
+@example(counts=[1] * 40)
+@example(counts=[17] * 8)
+@example(counts=[0, 0, 33, 0])
+@example(counts=[96] * 40)
+def test_tiles_cover_every_row_once(counts: list[int]) -> None:
+    check_tiles(plan_of(counts))
+
+
+@given(routing=routings())
+def test_tiles_leave_sentinels_out(routing: tuple[int, list[list[int]]]) -> None:
     experts, ids = routing
-    check_tiles(TokenPlan.from_expert_ids(ids_tensor(ids, torch.int32), experts), block)
+    check_tiles(TokenPlan.from_expert_ids(ids_tensor(ids, torch.int32), experts))
 
 
-@given(experts=st.integers(1, 40), total=st.integers(0, 500), block=block_sizes)
-def test_length_of_a_schedule_depends_on_shapes_alone(experts: int, total: int, block: int) -> None:
-    """So that a captured graph holds for other counts: one hot expert, even, and the worst case (many of 1 over)."""
+@given(
+    counts=st.lists(st.one_of(st.integers(-300, 300), st.sampled_from([2**31 - 1, -(2**31)])), min_size=1, max_size=9),
+    total=st.integers(0, 600),
+    dtype=st.sampled_from(INDEX),
+)
+@example(counts=[3, 1], total=300, dtype=torch.int32)
+@example(counts=[-1, 300, 2], total=150, dtype=torch.int64)
+def test_tiles_of_counts_that_nobody_checked(counts: list[int], total: int, dtype: torch.dtype) -> None:
+    """Negative counts are 0, no tile passes the rows there are, rows past the sum are in no tile."""
+    plan = TokenPlan(torch.tensor(counts, dtype=dtype), total)
+    used, left = [], total
+    for count in counts:
+        used.append(min(max(count, 0), left))
+        left -= used[-1]
+    assert plan.host_counts() == used
+    check_tiles(plan)
+
+
+@given(experts=st.integers(1, 40), total=st.integers(0, 5000))
+@example(experts=40, total=40 * 65)
+@example(experts=3, total=2)
+def test_length_of_a_schedule_depends_on_shapes_alone(experts: int, total: int) -> None:
+    """So that a captured graph holds for other counts: one hot expert, even, 1 over, and two tiles for each rest."""
     hot = [total] + [0] * (experts - 1)
     even = [total // experts + (e < total % experts) for e in range(experts)]
-    ragged = [0] * experts
-    left = total
-    for e in range(experts):
-        ragged[e] = min(left, 1)
-        left -= ragged[e]
-    ragged[-1] += left
     lengths = set()
-    for counts in (hot, even, ragged):
+    for counts in (hot, even, spread(experts, total, 1), spread(experts, total, 65)):
         plan = plan_of(counts)
-        check_tiles(plan, block)
-        lengths.add(tile_schedule(plan, block).tile_expert.shape[0])
-    assert len(lengths) == 1, lengths
-    assert lengths.pop() <= total // block + min(experts, total), "longer than any counts can need"
+        check_tiles(plan)
+        lengths.add(tile_schedule(plan).tile_expert.shape[0])
+    assert lengths == {max_tiles(total, experts)}
 
 
-@pytest.mark.parametrize("block", [0, -16])
-def test_block_rows_must_be_positive(block: int) -> None:
-    with pytest.raises(ValueError, match=str(block)):
-        tile_schedule(plan_of([3, 4]), block)
+def spread(experts: int, total: int, each: int) -> list[int]:
+    """So many rows for each expert as long as there are any; what is left goes to the last."""
+    counts = [max(min(total - e * each, each), 0) for e in range(experts)]
+    counts[-1] += total - sum(counts)
+    return counts
 
 
 # ---- no host sync: on the meta device there is nothing to read
@@ -231,7 +270,7 @@ def test_planning_reads_no_device_memory(dtype: torch.dtype) -> None:
     plan = TokenPlan.from_counts(torch.empty(5, dtype=dtype, device="meta"), 12)
     assert plan.total_tokens == 12 and plan.device.type == "meta"
     assert plan.row_expert().shape == (12,)
-    assert tile_schedule(plan, 16).tile_expert.device.type == "meta"
+    assert tile_schedule(plan).tile_expert.device.type == "meta"
     routed = TokenPlan.from_expert_ids(torch.empty(6, 2, dtype=dtype, device="meta"), 5)
     assert routed.total_tokens == 12 and routed.row_to_slot is not None and routed.row_to_slot.shape == (12,)
     with pytest.raises(Exception):  # noqa: B017 - whatever torch says of a read from meta

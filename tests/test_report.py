@@ -167,7 +167,7 @@ class TestColumns:
             ({"provider": "fused"}, "provider"), ({"group_size": 32}, "group_size"), ({"dtype": "fp16"}, "dtype"),
             ({"device": "Device 2"}, "device"), ({"weight_layout": "prepared"}, "weight_layout"), ({"seed": 1}, "seed"),
             ({"distribution": "even"}, "distribution"), ({"plan_ms": 0.2}, "plan_ms"),
-            ({"peak_bytes": 1}, "peak_bytes"),
+            ({"peak_bytes": 1}, "peak_bytes"), ({"schedule_ms": 0.01}, "schedule_ms"), ({"host_us": 9.0}, "host_us"),
         ],
     )  # fmt: skip
     def test_a_difference_brings_its_column(self, change: dict[str, Any], name: str) -> None:
@@ -258,6 +258,14 @@ class TestStatus:
         assert "- n/a: fp8_e5m2 torch base+deq grouped; fp8_e4m3 torch base+deq grouped: grouped mm needs sm_90" in text
         assert [row["median ms"] for row in markdown_rows(text)[0]] == ["8.000", "**WRONG**", "n/a", "n/a"]
 
+    def test_a_provider_that_cannot_run_at_all_is_named_once(self) -> None:
+        refused = [
+            dataclasses.replace(r, provider="fused", scope="fused", status="unsupported", reason="runs on GPUs")
+            for r in INT4[:5]
+        ]
+        text = report.render([*INT4, *refused], "md", "full")
+        assert "- n/a: every row of fused: runs on GPUs" in text
+
     def test_a_reason_of_one_projection_names_it(self) -> None:
         text = report.render([record(8.0), record(8.0, n=1536, k=3072), REFUSED], "md", "full")
         assert "fp8_e5m2 torch base+deq grouped N=3072 K=1536: grouped mm" in text
@@ -274,7 +282,7 @@ class TestText:
     def test_csv_round_trip(self) -> None:
         rows = list(csv.DictReader(io.StringIO(report.render([*INT4, WRONG], "csv"))))
         assert len(rows) == len(INT4) + 1
-        assert list(rows[0])[-5:] == ["speedup", "tflops", "gbps", "floor_ms", "roofline"]
+        assert list(rows[0])[-6:] == ["speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction"]
         assert {f.name for f in dataclasses.fields(Record)} < set(rows[0])
         row = rows[3]
         assert (row["strategy"], row["threshold"], row["launches"], row["graph"]) == (

@@ -3,10 +3,12 @@
 y[r] = x[r] @ dequantize(w)[e(r)].T
 """
 
+from . import library as library  # registers the operators
 from ._version import __version__
 from .backends import Answer, Problem, explain
 from .errors import UnsupportedError
 from .formats import FORMATS, QuantWeight, WeightFormat
+from .layer import QuantExperts, fused_experts
 from .ops import (
     check_tokens,
     clear_moe_prefill_workspace_cache,
@@ -25,6 +27,7 @@ __all__ = [
     "FORMATS",
     "Answer",
     "Problem",
+    "QuantExperts",
     "QuantWeight",
     "TileSchedule",
     "TokenPlan",
@@ -35,6 +38,7 @@ __all__ = [
     "clear_moe_prefill_workspace_cache",
     "dequantize",
     "explain",
+    "fused_experts",
     "grouped_gemm",
     "moe",
     "moe_gemm",

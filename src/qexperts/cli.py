@@ -53,7 +53,12 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale."),
         click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
         click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
-        click.option("--provider", type=click.Choice(["torch", "fused", "all"]), default="all", show_default=True),
+        click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and humming (a peer), "
+                     "or all.  [default: torch, on a GPU with Triton torch,fused]"),
+        click.option("--weight-layout", default="prepared", show_default=True,
+                     help="Comma list of prepared and public, of the weights that fused kernels read."),
+        click.option("--peer-tries", type=int, default=4, show_default=True,
+                     help="Configurations that a peer tries besides its default one; each is compiled."),
         click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True,
                      help="One row per format at its best, or every configuration."),
         click.option("--api", default=None, help="Comma list of raw (launchers on preallocated buffers) and wrapper "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .formats import BLOCK, QuantWeight, WeightFormat
+from .formats import BLOCK, RELEASED, QuantWeight, WeightFormat
 
 __all__ = ["no_tiles", "restore", "to_layout"]
 
@@ -39,7 +39,14 @@ def to_layout(weight: QuantWeight, layout: str) -> QuantWeight:
 
 
 def restore(weight: QuantWeight) -> QuantWeight:
-    """Inverse of `to_layout`, into new tensors."""
+    """Inverse of `to_layout`, into new tensors.
+
+    Raises: ValueError for a weight whose memory another has taken over (`QuantWeight.release`).
+    """
+    if weight.weight_layout == RELEASED:
+        raise ValueError(
+            "QuantWeight: this weight has been released by prepare(); use what prepare() returned, or keep_source=True."
+        )
     if weight.weight_layout == "public":
         return weight
     codes = torch.empty_like(weight.codes)

@@ -1,13 +1,14 @@
-"""The public operations: check the arguments once, select a backend, run."""
+"""The public operations: check the arguments once, select a backend, run.
+
+Under torch.compile and fake tensors they call the operators of `library.py` instead, whose kernels come back here.
+"""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .backends import Backend, Problem, select
+from .backends import Backend, Call, Problem, select
 from .formats import FORMATS, RELEASED, QuantWeight
 from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
@@ -27,6 +28,12 @@ __all__ = [
 
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 _FLOAT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether a call is recorded (torch.compile, make_fx, fake tensors) rather than run on the memory of x."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in _PLAIN
 
 
 def grouped_gemm(
@@ -57,7 +64,7 @@ def grouped_gemm(
     where = "grouped_gemm"
     if weight.weight_layout == RELEASED:
         _check_public(where, weight)
-    x = _check_activations(where, x, weight.K, weight.device)
+    x = check_activations(where, x, weight.K, weight.device)
     if plan.device != x.device or plan.num_experts != weight.E or plan.total_tokens != x.shape[0]:
         raise ValueError(
             f"{where}: plan has {plan.total_tokens} rows over {plan.num_experts} experts on {plan.device}; expected "
@@ -65,7 +72,10 @@ def grouped_gemm(
         )
     if out is not None:
         _check_out(where, out, x, weight.N)
-    y = _run(where, x, weight, plan, backend)
+    if traced(x):
+        y = torch.ops.qexperts.grouped_gemm(x, plan.counts, *weight_fields(weight), backend)
+    else:
+        y = run_now(where, x, weight, plan, backend)
     return y if out is None else out.copy_(y)
 
 
@@ -91,29 +101,9 @@ def moe_gemm(
 
     Synchronisation, graphs and gradients as `grouped_gemm`.
     """
-    where = "moe_gemm"
-    _check_3d(where, weights, "[E, K, N]")
-    if weights.dtype not in _FLOAT or activations.dtype not in (weights.dtype, torch.float32):
-        raise ValueError(
-            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; expected bf16 or fp16 weights in "
-            f"the dtype of the activations. Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
-        )
-    x = _check_activations(where, activations, weights.shape[1], weights.device)
-    weight = _weight(where, weights.mT, None, None, _FLOAT[weights.dtype], None)
-    plan = _plan(where, num_tokens_per_expert, x, weight)
-    if scales is None:
-        return _run(where, x, weight, plan)
-    expected = (weight.E, weight.N)
-    if tuple(scales.shape) != expected or scales.dtype not in (*_FLOAT, torch.float32):
-        raise ValueError(
-            f"{where}: scales is {tuple(scales.shape)} {scales.dtype}; expected [E, N] = {expected} in bf16, fp16 or "
-            f"fp32."
-        )
-    _check_device(where, "scales", scales, x.device)
-    _check_no_grad(where, scales=scales)
-    y = _run(where, x, weight, plan, wide=True)  # fp32, so that large sums times small scales do not overflow fp16
-    column_scales = scales.index_select(0, plan.row_expert().clamp(max=weight.E - 1))  # [S, N]
-    return (y * column_scales).to(x.dtype)
+    if traced(activations):
+        return torch.ops.qexperts.moe_gemm(activations, weights, num_tokens_per_expert, scales)
+    return run_columns(activations, weights, num_tokens_per_expert, scales)
 
 
 def moe_gemm_decode(
@@ -148,10 +138,8 @@ def moe_gemm_decode(
 
     Synchronisation, graphs and gradients as `grouped_gemm`.
     """
-    x, weight, plan = _check_packed(
-        "moe_gemm_decode", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
-    )
-    return _run("moe_gemm_decode", x, weight, plan, phase="decode")
+    call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
+    return _packed(call, ("moe_gemm_decode", None, "decode", 4))
 
 
 def moe_gemm_prefill(
@@ -176,30 +164,8 @@ def moe_gemm_prefill(
         scale_scheme: None, or "per_tensor": weights are torch.int8, float8_e4m3fn or float8_e5m2 [E, K, N]
             row-major, scales fp32 [E]; group_size and weight_bits are ignored, zeros and asym refused.
     """
-    where = "moe_gemm_prefill"
-    if scale_scheme is None:
-        x, weight, plan = _check_packed(
-            where, activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
-        )
-        return _run(where, x, weight, plan, phase="prefill")
-    if scale_scheme != "per_tensor":
-        raise ValueError(f"{where}: scale_scheme is {scale_scheme!r}; expected None or 'per_tensor'.")
-    if asym or zeros is not None:
-        raise ValueError(f"{where}: scale_scheme='per_tensor' is symmetric; drop asym and zeros.")
-    _check_3d(where, weights, "[E, K, N]")
-    name = {torch.int8: "int8_sym", **_FP8}.get(weights.dtype)
-    if name is None:
-        raise ValueError(
-            f"{where}: weights is {weights.dtype}; scale_scheme='per_tensor' expected torch.int8, float8_e4m3fn or "
-            f"float8_e5m2 [E, K, N]."
-        )
-    x = _check_activations(where, activations, weights.shape[1], weights.device)
-    if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != (weights.shape[0],):
-        given = "None" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
-        raise ValueError(f"{where}: scales is {given}; scale_scheme='per_tensor' expected ({weights.shape[0]},) fp32.")
-    codes = (weights.view(torch.uint8) if weights.dtype == torch.int8 else weights).mT
-    weight = _weight(where, codes, scales, None, name, None, "tensor")
-    return _run(where, x, weight, _plan(where, num_tokens_per_expert, x, weight), phase="prefill")
+    call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
+    return _packed(call, ("moe_gemm_prefill", scale_scheme, "prefill", 4))
 
 
 def moe(
@@ -230,12 +196,8 @@ def moe(
         raise ValueError(f"moe: phase is {phase!r}; expected 'auto', 'decode' or 'prefill'.")
     if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
         raise ValueError(f"moe: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
-    x, weight, plan = _check_packed(
-        "moe", activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
-    )
-    if phase == "auto" and plan.device.type == "cpu":
-        phase = "decode" if max(plan.host_counts()) <= decode_threshold else "prefill"
-    return _run("moe", x, weight, plan, phase=phase, decode_threshold=decode_threshold)
+    call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
+    return _packed(call, ("moe", None, phase, decode_threshold))
 
 
 def prepare(weight: QuantWeight, backend: str = "auto", *, keep_source: bool = False) -> QuantWeight:
@@ -284,7 +246,98 @@ def _check_public(where: str, weight: QuantWeight) -> None:
         raise ValueError(f"{where}: the weight is already in layout {weight.weight_layout!r}; unprepare() it first.")
 
 
-def _run(
+def weight_fields(
+    w: QuantWeight,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, int | None, str, str, torch.dtype | None]:
+    """The fields of a weight as an operator takes them: QuantWeight(*weight_fields(w)) is w."""
+    return w.codes, w.scales, w.zeros, w.format.name, w.group_size, w.scale_layout, w.weight_layout, w.scale_dtype
+
+
+# activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
+PackedCall = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, bool]
+# where, scale_scheme, phase, decode_threshold
+Manner = tuple[str, str | None, str, int]
+
+
+def _packed(call: PackedCall, manner: Manner) -> torch.Tensor:
+    if traced(call[0]):
+        return torch.ops.qexperts.moe(*call, *manner)
+    return run_packed(call, manner)
+
+
+def run_packed(call: PackedCall, manner: Manner) -> torch.Tensor:
+    """`moe`, `moe_gemm_decode` and `moe_gemm_prefill`, not traced."""
+    key = _kind(call, manner)
+    known = _BOUND.get(key) if key is not None else None
+    if known is not None:
+        return known(call[0], call[1], call[3], call[4], call[2])
+    where, scale_scheme, phase, decode_threshold = manner
+    x, weight = check_packed(where, scale_scheme, call)
+    plan = _plan(where, call[2], x, weight)
+    phase = _phase(plan, phase, decode_threshold)
+    problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
+    chosen = select(problem)
+    if key is not None and chosen.bind is not None and weight.codes is call[1] and x is call[0]:
+        if len(_BOUND) >= _MAX_BOUND:
+            _BOUND.clear()
+        _BOUND[key] = chosen.bind(problem, weight)
+    return run_now(where, x, weight, plan, phase=phase, decode_threshold=decode_threshold)
+
+
+# Calls that have been checked, by everything the checks read: a call like one before costs a look-up.
+_BOUND: dict[tuple[object, ...], Call] = {}
+_MAX_BOUND = 4096
+
+
+def _kind(call: PackedCall, manner: Manner) -> tuple[object, ...] | None:
+    """What decides how a call is run, the number of rows excepted; None if it is to be checked each time: on the CPU,
+    where the counts are read, with gradients, and for arguments that are no tensors."""
+    x, weights, counts, scales, zeros, *options = call
+    tensors = [t for t in (x, weights, counts, scales, zeros) if t is not None]
+    if not all(isinstance(t, torch.Tensor) for t in tensors) or x.device.type == "cpu" or x.ndim != 2:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    kinds = [(t.dtype, t.shape, t.stride(), t.device) for t in tensors[1:]]
+    return (manner, *options, scales is None, weights.data_ptr() % 16, x.dtype, x.shape[1], x.stride(), x.device, *kinds)
+
+
+def _phase(plan: TokenPlan, phase: str, decode_threshold: int) -> str:
+    """On the CPU the counts decide here, elsewhere where they are."""
+    if phase != "auto" or plan.device.type != "cpu":
+        return phase
+    return "decode" if max(plan.host_counts()) <= decode_threshold else "prefill"
+
+
+def run_columns(
+    activations: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, scales: torch.Tensor | None
+) -> torch.Tensor:
+    """`moe_gemm`, not traced."""
+    where = "moe_gemm"
+    x, weight = check_columns(where, activations, weights, scales)
+    plan = _plan(where, counts, x, weight)
+    if scales is None:
+        return run_now(where, x, weight, plan)
+    _check_no_grad(where, scales=scales)
+    y = run_now(where, x, weight, plan, wide=True)  # fp32, so that large sums times small scales do not overflow fp16
+    return (y * _by_row(scales, plan)).to(x.dtype)
+
+
+def run_gradient(
+    where: str, dy: torch.Tensor, weight: QuantWeight, plan: TokenPlan, dtype: torch.dtype, scales: torch.Tensor | None
+) -> torch.Tensor:
+    """dx[r] = (dy[r] * scales[expert(r)]) @ dequantize(weight)[expert(r)] in dtype; scales: [E, N] of `moe_gemm`."""
+    dy = (dy if scales is None else dy * _by_row(scales, plan).float()).to(dtype).contiguous()
+    problem = Problem.of(where, dy, weight, backward=True)
+    return select(problem).run(problem, dy, weight, plan)
+
+
+def _by_row(scales: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
+    """[E, N] -> [S, N]."""
+    return scales.index_select(0, plan.row_expert().clamp(max=plan.num_experts - 1))
+
+
+def run_now(
     where: str,
     x: torch.Tensor,
     weight: QuantWeight,
@@ -317,27 +370,42 @@ class _GroupedGemm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         weight = ctx.weight.with_tensors(*ctx.saved_tensors)
-        problem = dataclasses.replace(ctx.problem, backward=True, wide=False)
-        dx = select(problem).run(problem, dy.to(problem.dtype).contiguous(), weight, ctx.plan)
+        dx = run_gradient(ctx.problem.where, dy, weight, ctx.plan, ctx.problem.dtype, None)
         return dx, None, None, None, None
 
 
-def _check_packed(
-    where: str,
-    activations: torch.Tensor,
-    weights: torch.Tensor,
-    num_tokens_per_expert: torch.Tensor,
-    scales: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    asym: bool,
-) -> tuple[torch.Tensor, QuantWeight, TokenPlan]:
+def check_columns(
+    where: str, activations: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, QuantWeight]:
+    """What `moe_gemm` promises: weights [E, K, N] as they are, scales by output column."""
+    _check_3d(where, weights, "[E, K, N]")
+    if weights.dtype not in _FLOAT or activations.dtype not in (weights.dtype, torch.float32):
+        raise ValueError(
+            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; expected bf16 or fp16 weights in "
+            f"the dtype of the activations. Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
+        )
+    x = check_activations(where, activations, weights.shape[1], weights.device)
+    weight = _weight(where, weights.mT, None, None, _FLOAT[weights.dtype], None)
+    expected = (weight.E, weight.N)
+    if scales is not None and (tuple(scales.shape) != expected or scales.dtype not in (*_FLOAT, torch.float32)):
+        raise ValueError(
+            f"{where}: scales is {tuple(scales.shape)} {scales.dtype}; expected [E, N] = {expected} in bf16, fp16 or "
+            f"fp32."
+        )
+    if scales is not None:
+        _check_device(where, "scales", scales, x.device)
+    return x, weight
+
+
+def check_packed(where: str, scale_scheme: str | None, call: PackedCall) -> tuple[torch.Tensor, QuantWeight]:
     """Everything the tensor-level calls promise, checked once: ARK's contract, group scales in the activation dtype."""
+    if scale_scheme is not None:
+        return _check_per_tensor(where, scale_scheme, call)
+    activations, weights, _, scales, zeros, weight_bits, group_size, asym = call
     _check_3d(where, weights, "[E, N, K_packed]")
     name = _format_name(where, activations, weights, weight_bits, asym)
     fmt = FORMATS[name]
-    x = _check_activations(where, activations, None, weights.device)
+    x = check_activations(where, activations, None, weights.device)
     k = x.shape[1]
     if weights.dtype != fmt.storage:
         raise ValueError(f"{where}: weights is {weights.dtype}; weight_bits={weight_bits} expected {fmt.storage}.")
@@ -352,8 +420,28 @@ def _check_packed(
                 f"{where}: {label} is {t.dtype}; expected {x.dtype}, as the activations. Weights with other scales go "
                 f"to grouped_gemm as a QuantWeight."
             )
-    weight = _weight(where, weights, scales, zeros, name, group_size if fmt.quantized else None)
-    return x, weight, _plan(where, num_tokens_per_expert, x, weight)
+    return x, _weight(where, weights, scales, zeros, name, group_size if fmt.quantized else None)
+
+
+def _check_per_tensor(where: str, scale_scheme: str, call: PackedCall) -> tuple[torch.Tensor, QuantWeight]:
+    activations, weights, _, scales, zeros, _, _, asym = call
+    if scale_scheme != "per_tensor":
+        raise ValueError(f"{where}: scale_scheme is {scale_scheme!r}; expected None or 'per_tensor'.")
+    if asym or zeros is not None:
+        raise ValueError(f"{where}: scale_scheme='per_tensor' is symmetric; drop asym and zeros.")
+    _check_3d(where, weights, "[E, K, N]")
+    name = {torch.int8: "int8_sym", **_FP8}.get(weights.dtype)
+    if name is None:
+        raise ValueError(
+            f"{where}: weights is {weights.dtype}; scale_scheme='per_tensor' expected torch.int8, float8_e4m3fn or "
+            f"float8_e5m2 [E, K, N]."
+        )
+    x = check_activations(where, activations, weights.shape[1], weights.device)
+    if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != (weights.shape[0],):
+        given = "None" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
+        raise ValueError(f"{where}: scales is {given}; scale_scheme='per_tensor' expected ({weights.shape[0]},) fp32.")
+    codes = (weights.view(torch.uint8) if weights.dtype == torch.int8 else weights).mT
+    return x, _weight(where, codes, scales, None, name, None, "tensor")
 
 
 def _format_name(where: str, activations: torch.Tensor, weights: torch.Tensor, weight_bits: int, asym: bool) -> str:
@@ -380,7 +468,7 @@ def _check_3d(where: str, weights: torch.Tensor, expected: str) -> None:
         raise ValueError(f"{where}: weights is {tuple(weights.shape)}; expected {expected} with at least one expert.")
 
 
-def _check_activations(where: str, x: torch.Tensor, k: int | None, device: torch.device) -> torch.Tensor:
+def check_activations(where: str, x: torch.Tensor, k: int | None, device: torch.device) -> torch.Tensor:
     """[total_tokens, K] in a supported dtype on the device of the weights, with contiguous rows."""
     allowed = (*_FLOAT, torch.float32) if x.device.type == "cpu" else tuple(_FLOAT)
     if x.ndim != 2 or x.shape[1] < 1 or (k is not None and x.shape[1] != k):
@@ -410,8 +498,13 @@ def _check_out(where: str, out: torch.Tensor, x: torch.Tensor, n: int) -> None:
 
 
 def _check_no_grad(where: str, **tensors: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        check_frozen(where, **tensors)
+
+
+def check_frozen(where: str, **tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
+        if t is not None and t.requires_grad:
             raise ValueError(
                 f"{where}: {name} requires a gradient; experts are frozen, only activations have one. Use "
                 f"{name}.requires_grad_(False), or torch.no_grad()."
@@ -434,6 +527,15 @@ def _weight(
 
 
 def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> TokenPlan:
+    check_counts(where, counts, x, weight)
+    try:
+        return TokenPlan.from_counts(counts, x.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_counts(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> None:
+    """Shape, dtype and device of the counts; no value is read."""
     if not isinstance(counts, torch.Tensor):
         raise ValueError(
             f"{where}: num_tokens_per_expert is a {type(counts).__name__}; expected a tensor [E] = ({weight.E},) int32."
@@ -444,7 +546,3 @@ def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight
             f"int32."
         )
     _check_device(where, "num_tokens_per_expert", counts, x.device)
-    try:
-        return TokenPlan.from_counts(counts, x.shape[0])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

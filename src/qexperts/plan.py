@@ -162,7 +162,7 @@ class TileSchedule:
 
     Attributes:
         tile_expert, tile_row, tile_rows: [max_tiles]; int32; expert, first row and rows of each tile; worst-case
-            length, padded with -1. Expert E stands for rows past the sum of the counts, to be zeroed.
+            length, padded with -1.
     """
 
     tile_expert: torch.Tensor
@@ -179,7 +179,7 @@ _REMAINDER = ((), (16,), (32,), (64,), (64,), (64, 16), (64, 32), (128,), (128,)
 
 def max_tiles(total_tokens: int, num_experts: int) -> int:
     """Tiles that S rows over E experts can need at most: the remainders of at most min(E, S) experts take two each."""
-    return total_tokens // TILE_ROWS + 2 * min(num_experts, total_tokens) + 1
+    return total_tokens // TILE_ROWS + 2 * min(num_experts, total_tokens)
 
 
 def tile_schedule(plan: TokenPlan) -> TileSchedule:
@@ -194,21 +194,15 @@ def tile_schedule(plan: TokenPlan) -> TileSchedule:
     table = torch.tensor([[c in classes for classes in _REMAINDER] for c in TILE_CLASSES], device=device).long()
     tiles = table[:, (counts % TILE_ROWS + 15) // 16]  # [4, E] tiles of each class
     tiles[0] += counts // TILE_ROWS
-    zeroing = (s - offsets[-1:] + TILE_ROWS - 1) // TILE_ROWS
-    ends = torch.cat([tiles.flatten(), zeroing]).cumsum(0)  # [4 E + 1]
+    ends = tiles.flatten().cumsum(0)  # [4 E]
     tile = torch.arange(max_tiles(s, e), device=device)
     slot = torch.searchsorted(ends, tile, right=True)
-    used = slot <= 4 * e
-    slot = slot.clamp(max=4 * e)
+    used = slot < 4 * e
+    slot = slot.clamp(max=4 * e - 1)
     kind, expert = slot // e, slot % e
-    size = torch.tensor([*TILE_CLASSES, TILE_ROWS], device=device)[kind]
     in_slot = tile - torch.nn.functional.pad(ends, (1, 0))[slot]
     remainder = offsets[expert] + counts[expert] // TILE_ROWS * TILE_ROWS
-    second = tiles[1, expert] * 64  # a tile of 32 or 16 rows comes after one of 64
-    row = torch.where(kind == 0, offsets[expert] + in_slot * TILE_ROWS, remainder + torch.where(kind > 1, second, 0))
-    zero = kind == 4
-    row = torch.where(zero, offsets[-1] + in_slot * TILE_ROWS, row)
-    end = torch.where(zero, s, offsets[expert + 1])
-    rows = torch.minimum(end - row, size)
-    expert = torch.where(zero, e, expert)
+    second = torch.where(kind > 1, tiles[1, expert] * 64, 0)  # a tile of 32 or 16 rows comes after one of 64
+    row = torch.where(kind == 0, offsets[expert] + in_slot * TILE_ROWS, remainder + second)
+    rows = torch.minimum(offsets[expert + 1] - row, torch.tensor(TILE_CLASSES, device=device)[kind])
     return TileSchedule(*(torch.where(used, t, -1).to(torch.int32) for t in (expert, row, rows)))

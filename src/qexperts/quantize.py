@@ -228,7 +228,7 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype | None = None) -> torch.T
     No host sync. A weight in a prepared layout is restored chunk by chunk.
     """
     if dtype is None:
-        dtype = weight.scales.dtype if weight.scales is not None else weight.codes.dtype
+        dtype = weight.scale_dtype if weight.scale_dtype is not None else weight.codes.dtype
     if dtype not in (*SCALE_DTYPES, torch.float64):
         raise ValueError(f"dequantize: dtype is {dtype}; expected fp16, bf16, fp32 or fp64.")
     e, n, k = weight.E, weight.N, weight.K

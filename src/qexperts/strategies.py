@@ -19,7 +19,7 @@ from .plan import TokenPlan
 
 __all__ = ["STRATEGIES", "BoundSchedule", "Gemm", "Schedule", "Step", "StepKind", "Strategy", "Take", "parse_strategy"]
 
-StepKind = Literal["gemm", "dequant", "gather", "pad", "scatter"]
+StepKind = Literal["gemm", "schedule", "dequant", "gather", "pad", "scatter"]
 Take = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # an allocator of uninitialised tensors
 
 STRATEGIES: tuple[str, ...] = ("per_expert", "pad_and_clip", "full_pad", "grouped")
@@ -30,8 +30,9 @@ class Step:
     """One piece of a bound schedule.
 
     Attributes:
-        kind: "gemm"; "dequant" (packed weights to a working dtype); "gather" (experts' weights made contiguous);
-            "pad" and "scatter" (activations in, results out).
+        kind: "gemm"; "schedule" (which tile is whose, for a kernel that takes many experts at once); "dequant" (packed
+            weights to a working dtype); "gather" (experts' weights made contiguous); "pad" and "scatter" (activations
+            in, results out).
         run: issues the work. A grouped GEMM may return the result instead of writing it in place.
         launches: device operations it issues.
     """
@@ -131,6 +132,7 @@ class BoundSchedule:
 
     def __init__(self, steps: Sequence[Step], out: torch.Tensor | None) -> None:
         self._run = [step.run for step in steps]
+        self._steps = tuple(steps)
         self._out = out  # None: the last step returns the result
         self.counts: Counter[str] = Counter()
         for step in steps:
@@ -141,6 +143,16 @@ class BoundSchedule:
         for run in self._run:
             last = run()
         return last if result is None else result  # type: ignore[return-value,possibly-undefined]
+
+    def only(self, kind: StepKind) -> Callable[[], None] | None:
+        """The steps of one kind alone, to be timed by themselves; None if there are none."""
+        chosen = [step.run for step in self._steps if step.kind == kind]
+
+        def run() -> None:
+            for step in chosen:
+                step()
+
+        return run if chosen else None
 
 
 @dataclasses.dataclass(frozen=True)

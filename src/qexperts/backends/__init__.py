@@ -11,8 +11,9 @@ from ..errors import UnsupportedError
 from ..formats import QuantWeight, WeightFormat
 from ..plan import TokenPlan
 from . import torch_backend, triton_backend
+from .triton_backend import Call
 
-__all__ = ["BACKENDS", "Answer", "Backend", "Problem", "explain", "select"]
+__all__ = ["BACKENDS", "Answer", "Backend", "Call", "Problem", "explain", "select"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Backend:
         run: problem; x [S, K] or, backward, [S, N]; weight; plan -> result.
         layout: of weights prepared for it; "public" if it has none of its own.
         no_layout: public weight -> why it stays as it is, or None.
+        bind: problem and weight -> run for other tensors of the same kind, of any S, with the least host work.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Backend:
     run: Callable[[Problem, torch.Tensor, QuantWeight, TokenPlan], torch.Tensor]
     layout: str = "public"
     no_layout: Callable[[QuantWeight], str | None] = lambda weight: None
+    bind: Callable[[Problem, QuantWeight], Call] | None = None
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -125,7 +128,12 @@ class Backend:
 
 BACKENDS: Mapping[str, Backend] = {
     "triton": Backend(
-        "triton", triton_backend.supports, triton_backend.run, triton_backend.LAYOUT, triton_backend.no_layout
+        "triton",
+        triton_backend.supports,
+        triton_backend.run,
+        triton_backend.LAYOUT,
+        triton_backend.no_layout,
+        triton_backend.bind,
     ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }

@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import QuantWeight
+from ..formats import FORMATS, QuantWeight
 from ..layouts import no_tiles
-from ..plan import TokenPlan, max_tiles
+from ..plan import TokenPlan
+from ..strategies import Schedule, Step, Take
 from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["LAYOUT", "no_layout", "run", "supports"]
+__all__ = [
+    "LAYOUT", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout", "permuted", "prefill_config_of",
+    "run", "run_into", "supports",
+]  # fmt: skip
 
 LAYOUT = "tiles"
 GROUPS = (16, 32, 64, 128, 256)
@@ -110,30 +115,50 @@ def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan)
 
     No host synchronisation; safe in a CUDA graph once a call of the same kind has compiled its kernels.
     """
-    s, experts = x.shape[0], weight.E
-    y = torch.empty(s, weight.N, dtype=torch.float32 if problem.wide else x.dtype, device=x.device)
-    if s == 0:
-        return y
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _phases(problem, y, x, weight, plan.counts)
-        return y
-    _phases(problem, y, x, weight, plan.counts)
-    return y
+    return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
 
 
-def _phases(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+Call = Callable[
+    [torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor
+]
+
+
+def bind(problem: Problem, weight: QuantWeight) -> Call:
+    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone."""
     from ..kernels.operand import operand
 
+    template, n, wide = operand(weight), weight.N, torch.float32 if problem.wide else None
+
+    def call(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        zeros: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
+        y = torch.empty((x.shape[0], n), dtype=wide or x.dtype, device=x.device)
+        if not x.shape[0]:
+            return y
+        w = template.over(codes, scales, zeros)
+        if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                _phases(problem, y, x, w, counts)
+            return y
+        _phases(problem, y, x, w, counts)
+        return y
+
+    return call
+
+
+def _phases(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor) -> None:
     s, limit, phase = x.shape[0], problem.decode_threshold, problem.phase
-    w = operand(weight, y)
     if phase == "auto":
-        phase = "decode" if s <= limit else "prefill" if s > limit * weight.E else "auto"
+        phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
     if phase == "prefill":
         _prefill(problem, y, x, w, counts, 0)
     elif phase == "decode":
         _decode(problem, y, x, w, counts, 0)
-    elif _nvidia(x.device) and _parts(x, w, counts) == 1:
+    elif _nvidia(x.device) and _plan_decode(x, w, counts)[1] == 1:
         _decode(problem, y, x, w, counts, 0)
     elif _nvidia(x.device):
         _decode(problem, y, x, w, counts, 1)
@@ -150,31 +175,37 @@ def _path(device: torch.device) -> str:
 
 
 @functools.cache
-def _config(kind: str, bits: int, k: int, strided: bool, device: torch.device) -> Any:
-    from ..kernels import config
+def _prefill_config(bits: int, k: int, layout: str, device: torch.device) -> Any:
+    from ..kernels.config import prefill_config
 
-    rule = config.prefill_config if kind == "prefill" else config.decode_config
-    return rule(bits, k, strided, _nvidia(device))
+    return prefill_config(bits, k, layout, _nvidia(device))
+
+
+@functools.cache
+def _decode_plan(bits: int, n: int, k: int, layout: str, device: torch.device, slots: int) -> tuple[Any, int]:
+    """Sizes and the parts of K for `slots` experts with rows."""
+    from ..kernels.config import decode_config, split_k
+
+    processors = _processors(device)
+    c = decode_config(bits, k, layout, _nvidia(device), -(-n // 128) * slots, processors)
+    return c, split_k(-(-n // c.block_n) * slots, -(-k // c.block_k), processors)
 
 
 def _bits(w: Any) -> int:
-    return 4 if w.format.startswith("int4") else 2 if w.format.startswith("int2") else 8
+    return FORMATS[w.format].bits
 
 
-def _parts(x: torch.Tensor, w: Any, counts: torch.Tensor) -> int:
-    from ..kernels.config import split_k
-
-    c = _config("decode", _bits(w), w.K, w.layout == "strided", x.device)
-    blocks = -(-w.N // c.block_n) * min(x.shape[0], counts.shape[0])
-    return split_k(blocks, -(-w.K // c.block_k), _processors(x.device))
+def _plan_decode(x: torch.Tensor, w: Any, counts: torch.Tensor) -> tuple[Any, int]:
+    return _decode_plan(_bits(w), w.N, w.K, w.layout, x.device, min(x.shape[0], counts.shape[0]))
 
 
 def _decode(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, condition: int) -> None:
     """condition: 0 always, 1 if every expert has at most decode_threshold rows, 2 (as prefill computes it) if not."""
     from ..kernels import decode
 
-    c = _config("decode", _bits(w), w.K, w.layout == "strided", x.device)
-    parts = 1 if condition == 2 else _parts(x, w, counts)
+    c, parts = _plan_decode(x, w, counts)
+    if condition == 2:
+        parts = 1
     part = arena(x.device).take((parts, *y.shape), torch.float32) if parts > 1 else None
     limit, path = problem.decode_threshold, _path(x.device)
     _first_call_outside_graphs(x, w, "decode", condition, parts, counts.shape[0])
@@ -187,12 +218,12 @@ def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts:
     """condition: 0 always, 2 if some expert has more than decode_threshold rows."""
     from ..kernels import permute, prefill, schedule
 
-    c = _config("prefill", _bits(w), w.K, w.layout == "strided", x.device)
+    c = _prefill_config(_bits(w), w.K, w.layout, x.device)
     s, experts, path = x.shape[0], counts.shape[0], _path(x.device)
     _first_call_outside_graphs(x, w, "prefill", condition, experts)
     space = arena(x.device)
     tiles = space.take((schedule.size(s, experts),), torch.int32)
-    schedule.launch(tiles, counts, s, problem.decode_threshold, condition)
+    schedule.launch(tiles, y, counts, problem.decode_threshold, condition)
     if w.layout == "public":
         permuted = space.take((s, -(-w.K // 64) * 64), x.dtype)
         permute.launch(permuted, x, w.format)
@@ -205,7 +236,7 @@ _seen: set[tuple[object, ...]] = set()
 
 def _first_call_outside_graphs(x: torch.Tensor, w: Any, *kind: object) -> None:
     """Compiling and loading a kernel is not allowed while a graph is captured: ask for a call before."""
-    key = (x.device, x.dtype, x.stride(0) % 16, w[3:], *kind)
+    key = (w.facts, x.dtype, x.stride(0) % 16, *kind)
     if key in _seen:
         return
     if is_capturing(x.device):
@@ -214,3 +245,148 @@ def _first_call_outside_graphs(x: torch.Tensor, w: Any, *kind: object) -> None:
             f"graph is being captured; call once with tensors of this kind before capturing."
         )
     _seen.add(key)
+
+
+class TileTables:
+    """Tile schedules of a strategy's launches, made once for given counts: of the batch, then of each single expert.
+
+    Host work and a launch for each: planning, as the kernels' own schedule is for `grouped`.
+    """
+
+    def __init__(self, schedule: Schedule, experts: int) -> None:
+        from ..kernels import schedule as tiles
+
+        device, batch = schedule.plan.device, schedule.batch
+        self.counts: list[torch.Tensor] = []  # of each launch: [E] for the batch, [1] for an expert
+        shapes: list[tuple[int, int]] = []  # rows and experts of each launch
+        if batch is not None:
+            rows = torch.zeros(experts, dtype=torch.int32, device=device)
+            self.counts.append(rows.index_fill_(0, batch.experts, batch.padded))
+            shapes.append((batch.source.shape[0], experts))
+        sizes = torch.tensor([[stop - start] * 4 for _, start, stop in schedule.singles], dtype=torch.int32)
+        self.counts += [row[:1] for row in sizes.to(device)]  # each on 16 bytes of its own: one kind of pointer
+        shapes += [(stop - start, 1) for _, start, stop in schedule.singles]
+        self.lengths = [-(-tiles.size(*shape) // 4) * 4 for shape in shapes]
+        self.fresh = torch.empty(sum(self.lengths), dtype=torch.int32, device=device)
+        for table, counts, (s, _) in zip(self.fresh.split(self.lengths), self.counts, shapes, strict=True):
+            tiles.launch(table, self.fresh[:1].expand(s, 1), counts)  # the counts add up to s: no result is zeroed
+
+
+class PackedGemm:
+    """A `Gemm` on packed weights: every GEMM step is one launch of the kernels.
+
+    The kernels count in their tile schedules, so the tables are copied anew before the launches of each run: that one
+    copy, or the launch that makes the schedule of `grouped`, is a step of kind "schedule".
+
+    Args:
+        weight: of the backend's layout, or public: x is then what `permuted` makes of it.
+        tables: of the schedule that is bound; None for `grouped`.
+        phase: "prefill", or "decode": the kernel for few rows.
+    """
+
+    def __init__(self, weight: QuantWeight, take: Take, tables: TileTables | None, phase: str = "prefill") -> None:
+        self._weight, self._take, self._phase = weight, take, phase
+        self._counts = [] if tables is None else tables.counts
+        self._tables: tuple[torch.Tensor, ...] = ()
+        self._next = 0
+        self._restore: list[Step] = []
+        if tables is not None and phase == "prefill":
+            used = take(tuple(tables.fresh.shape), torch.int32)
+            self._tables = used.split(tables.lengths)
+            self._restore = [Step("schedule", lambda: used.copy_(tables.fresh))]
+
+    def one(self, x: torch.Tensor, expert: int, out: torch.Tensor) -> list[Step]:
+        return self._launch(x, self._weight.experts(expert, expert + 1), out)
+
+    def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
+        return self._launch(x.flatten(0, 1), self._weight, out.flatten(0, 1))  # its table names the experts
+
+    def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
+        from ..kernels import schedule
+
+        y = self._take((x.shape[0], self._weight.N), x.dtype)
+        if self._phase == "decode":
+            steps = self._decode_steps(x, self._weight, y, plan.counts)
+        else:
+            s, experts = x.shape[0], plan.num_experts
+            table = self._take((schedule.size(s, experts),), torch.int32)
+            steps = [Step("schedule", lambda: schedule.launch(table, y, plan.counts))]
+            steps.append(self._prefill_step(x, self._weight, y, table))
+        last = steps[-1]
+
+        def run() -> torch.Tensor:
+            last.run()
+            return y
+
+        return [*steps[:-1], Step(last.kind, run)]
+
+    def _launch(self, x: torch.Tensor, weight: QuantWeight, out: torch.Tensor) -> list[Step]:
+        i, self._next = self._next, self._next + 1
+        if self._phase == "decode":
+            return self._decode_steps(x, weight, out, self._counts[i])
+        restore, self._restore = self._restore, []
+        return [*restore, self._prefill_step(x, weight, out, self._tables[i])]
+
+    def _prefill_step(self, x: torch.Tensor, weight: QuantWeight, out: torch.Tensor, table: torch.Tensor) -> Step:
+        from ..kernels import prefill
+        from ..kernels.operand import operand
+
+        w = operand(weight)
+        device = weight.device
+        c, path = prefill_config_of(weight), _path(device)
+        programs = c.programs_per_sm * _processors(device)
+        return Step("gemm", lambda: prefill.launch(out, x, w, table, weight.E, c, programs, path))
+
+    def _decode_steps(
+        self, x: torch.Tensor, weight: QuantWeight, out: torch.Tensor, counts: torch.Tensor
+    ) -> list[Step]:
+        from ..kernels import decode
+        from ..kernels.operand import operand
+
+        w = operand(weight)
+        (c, parts), path = _plan_decode(x, w, counts), _path(weight.device)
+        part = self._take((parts, *out.shape), torch.float32) if parts > 1 else None
+        steps = [Step("gemm", lambda: decode.launch(out, part, x, w, counts, c, 0, 0, path))]
+        if part is not None:
+            steps.append(Step("scatter", lambda: decode.launch_reduce(out, part, counts, 0, 0, path)))
+        return steps
+
+
+def prefill_config_of(weight: QuantWeight) -> Any:
+    """The tile sizes of a prefill with this weight."""
+    from ..kernels.operand import operand
+
+    w = operand(weight)
+    return _prefill_config(_bits(w), w.K, w.layout, weight.device)
+
+
+def decode_config_of(weight: QuantWeight, rows: int) -> Any:
+    """The tile sizes of a decode of so many rows with this weight."""
+    from ..kernels.operand import operand
+
+    w = operand(weight)
+    return _decode_plan(_bits(w), w.N, w.K, w.layout, weight.device, min(rows, weight.E))[0]
+
+
+def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Tensor, Step | None]:
+    """x as the prefill kernel wants it for this weight, and the step that makes it so, if any."""
+    from ..kernels import permute
+    from ..kernels.operand import operand
+
+    w = operand(weight)
+    if w.layout != "public":
+        return x, None
+    target = take((x.shape[0], -(-w.K // 64) * 64), x.dtype)
+    return target, Step("pad", lambda: permute.launch(target, x, w.format))
+
+
+def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+    """`run` into an existing result."""
+    from ..kernels.operand import operand
+
+    _phases(problem, y, x, operand(weight), counts)
+
+
+def interpreted() -> bool:
+    """Whether Triton is there and runs kernels in its interpreter, on CPU tensors, in this process."""
+    return installed() and _interpreted()

@@ -19,9 +19,12 @@ def time_of(record: Record | None) -> float | None:
 def label(record: Record) -> str:
     """The strategy with all that distinguishes it: `pad_and_clip(256), graph, weights gathered inside`.
 
-    Only `base mm` has a choice of where weights are gathered; elsewhere it is inside by nature.
+    Only `base mm` has a choice of where weights are gathered; elsewhere it is inside by nature. A call that chooses by
+    itself is named after the phase it was given: `phase decode`.
     """
     text = record.strategy if record.threshold is None else f"{record.strategy}({record.threshold})"
+    phase = getattr(record, "phase", None)
+    text = f"phase {phase}" if record.strategy == "auto" and phase else text
     text += ", graph" if record.graph else ""
     return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
 
@@ -37,6 +40,8 @@ class Row:
     ready_clip: Record | None = None  # summary: the best pad_and_clip with weights made ready before the clock
     graph: Record | None = None  # summary: the loop over experts under a CUDA graph
     ready: Record | None = None  # summary: the best with weights dequantized or gathered before the clock
+    grouped: Record | None = None  # summary: one launch over all experts
+    peer: Record | None = None  # summary, of kernels on packed weights: the fastest of the others' grouped launches
 
     @property
     def speedup(self) -> float | None:
@@ -146,6 +151,20 @@ def _ready(row: Row) -> str | None:
     return label(row.ready) if row.ready else None
 
 
+def _peer(row: Row) -> str | None:
+    """Time of the best peer and who it is; with weights ready, it does less work."""
+    ms = time_of(row.peer)
+    if row.peer is None or not ms:
+        return None
+    ready = ", ready" if row.peer.scope == "base mm" and row.peer.group_size is not None else ""
+    return f"{ms_text(ms)} ({row.peer.provider}{ready})"
+
+
+def _versus_peer(row: Row) -> float | None:
+    ours, peer = time_of(row.record), time_of(row.peer)
+    return peer / ours if ours and peer else None
+
+
 def _mark(row: Row) -> str:
     return "bad" if row.record.status == "WRONG" else "best" if row.best else ""
 
@@ -185,9 +204,12 @@ _RATES = [
     Column("gbps", "GB/s", "", timed("gbps"), number_text, show="any", drop=4),
 ]
 _VERSUS = Column("speedup", "vs per_\nexpert", "", lambda row: row.speedup, ratio_text, show="any")
+_READ = Column("read_fraction", "% of\nread", "", timed("read_fraction"), _percent, show="any", drop=1)
+_HOST = Column("host_us", "host", "us", field("host_us"), number_text, show="any", drop=4)
 _ERROR = Column("error", "error", "", field("error"), _error, show="any", drop=3)
 _FULL = [
     Column("launches", "GEMM\nlaun-\nches", "", field("launches"), count_text),
+    Column("schedule_launches", "sche-\ndule", "", field("schedule_launches"), count_text, show="any", drop=7),
     Column("dequant_launches", "de-\nquant", "", field("dequant_launches"), count_text, show="any", drop=5),
     Column("gather_launches", "ga-\nther", "", field("gather_launches"), count_text, show="any", drop=6),
     Column("pad_launches", "pad", "", field("pad_launches"), count_text, show="any", drop=9),
@@ -196,6 +218,8 @@ _FULL = [
     Column("plan_ms", "plan", "ms", field("plan_ms"), ms_text, show="any", drop=5),
     Column("median_ms", "median", "ms", _median, ms_text, mark=_mark),
     Column("p20_p80_ms", "p20–p80", "ms", _range, show="any", drop=7),
+    Column("schedule_ms", "of it\nsche-\ndule", "ms", timed("schedule_ms"), ms_text, show="any", drop=6),
+    _HOST,
     _VERSUS,
     *_RATES,
     _ROOFLINE,
@@ -217,9 +241,13 @@ _SUMMARY = [
         drop=5,
     ),
     Column("clip_speedup", "pad_and_\nclip\nspeed-up", "", _clip_speedup, ratio_text, show="any"),
+    Column("grouped_ms", "grouped", "ms", lambda row: time_of(row.grouped), ms_text, show="any", drop=4),
     Column("strategy", "best\nstrategy", "", lambda row: label(row.record), str, "left", mark=_mark),
+    Column("best_launches", "best\nlaunches", "", _launches_saved, show="any", drop=6),
     Column("median_ms", "best", "ms", _median, ms_text, mark=_mark),
     dataclasses.replace(_VERSUS, header="best\nspeed-up"),
+    Column("peer", "best\npeer", "ms", _peer, str, "left", "any", drop=3),
+    Column("versus_peer", "vs\npeer", "", _versus_peer, ratio_text, show="any", drop=2),
     Column("ready_clip", "ready,\npad_and_clip", "ms", _at("ready_clip"), show="any", drop=4),
     Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=7),
     Column("ready_ms", "ready,\nbest", "ms", lambda row: time_of(row.ready), ms_text, show="any", drop=2),
@@ -238,8 +266,10 @@ _DECODE_MEASURED = [
     Column("launches", "GEMM\nlaun-\nches", "", field("launches"), count_text),
     Column("median_us", "median", "us", lambda row: v if isinstance(v := _median(row), str) else v and v * 1e3,
            number_text, mark=_mark),
+    _HOST,
     _VERSUS,
     _RATES[1],
+    _READ,
     _ROOFLINE,
     _ERROR,
 ]  # fmt: skip

@@ -9,8 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..backends import BACKENDS, Problem, explain
+from ..backends import BACKENDS, Problem, explain, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
+from . import humming
 from .environment import device_name, environment, pick_device
 from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS
@@ -47,14 +48,28 @@ def doctor(console: Console, device_text: str | None, dtype: str) -> None:
         table.add_row(*row)
     console.print(table)
     versions = [f"qexperts {env['qexperts']}", f"Python {env['python']}", f"torch {env['torch']}"]
-    versions += [f"triton {env['triton'] or 'not installed'}", f"driver {env['driver'] or '-'}", platform.platform()]
+    versions += [_triton(env["triton"]), f"driver {env['driver'] or '-'}", platform.platform()]
     console.print("Versions: " + ", ".join(versions), highlight=False, soft_wrap=True)
+    console.print(f"Peers: {_peer()}", highlight=False, soft_wrap=True)
     ceilings = measure_ceilings(device, DTYPES[dtype])
+    read = f", read {ceilings.read_gbps:,.0f} GB/s" if ceilings.read_gbps else ""
     console.print(
         f"Ceilings measured on {env['device']}: {dtype} matmul {ceilings.tflops:,.2f} TFLOP/s, copy "
-        f"{ceilings.copy_gbps:,.0f} GB/s (read + written)", highlight=False, soft_wrap=True,
+        f"{ceilings.copy_gbps:,.0f} GB/s (read + written){read}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     console.print(_matrix(device, dtype))
+
+
+def _triton(version: str | None) -> str:
+    if version is None:
+        return "triton not installed"
+    return f"triton {version}" + (" in its interpreter (TRITON_INTERPRET)" if triton_backend.interpreted() else "")
+
+
+def _peer() -> str:
+    """Whether the package of the peer is there; who can use it says the benchmark."""
+    version = humming.version()
+    return f"{humming.PACKAGE} {version or 'not installed'}; torch's own grouped mm"
 
 
 def _matrix(device: torch.device, dtype: str) -> Table:

@@ -6,19 +6,25 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..strategies import Take
 from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
-from .providers import Binder, Bound, Candidate
+from .candidates import Candidate
+from .providers import Binder, Bound, Refused, of_peer
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
-from .timing import Sampler, host_ms, percentile
+from .timing import Sampler, host_ms, issue_us, percentile
 from .workloads import Workload, make_inputs
 
 __all__ = ["measure_workload"]
+
+T = TypeVar("T")
+SCHEDULE_SAMPLES = 9
+UNKNOWN_LAUNCHES = 8  # of a public call, which hides them
 
 
 @dataclasses.dataclass
@@ -46,16 +52,18 @@ def measure_workload(
     template = dataclasses.replace(_template(workload, tensors, ceilings, env), rounds=rounds)
     rows = [_Row(c, _describe(template, c)) for c in candidates]
     space = _SharedScratch(device, [_need(row, binder) for row in rows])
+    sampler = Sampler(device)
     for row in rows:
-        tick(f"checking {row.record.strategy}")
+        tick(f"checking {row.record.provider} {row.record.strategy}")
         if row.record.status == "ok":
             try:
-                _prepare(row, binder, tensors, space)
-            except torch.OutOfMemoryError as error:
+                with of_peer(row.candidate.provider):
+                    _prepare(row, binder, tensors, space, sampler)
+            except (torch.OutOfMemoryError, Refused) as error:
                 row.record.status, row.record.reason = "unsupported", str(error).splitlines()[0]
     timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
     try:
-        Sampler(device).rounds(
+        sampler.rounds(
             [row.bound.run for row in timed if row.bound is not None],
             rounds,
             [row.samples for row in timed],
@@ -126,11 +134,12 @@ def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, 
         gather=None,
         graph=False,
         api="",
-        weight_layout=t.weight.weight_layout,
+        weight_layout="",
         flop=useful_flop(d.total_tokens, workload.n, workload.k),
         mandatory_bytes=mandatory_bytes(t.weight, d.active_experts, d.total_tokens, workload.torch_dtype),
         ceiling_tflops=ceilings.tflops,
         ceiling_copy_gbps=ceilings.copy_gbps,
+        ceiling_read_gbps=ceilings.read_gbps,
         **env,  # type: ignore[arg-type]
     )
 
@@ -145,28 +154,24 @@ def _describe(template: Record, c: Candidate) -> Record:
         gather=c.gather,
         graph=c.graph,
         api=c.api,
+        weight_layout=c.layout,
+        phase=c.phase,
         samples_ms=[],
     )
 
 
-def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch) -> None:
-    """Bind, count, run once on poisoned memory, judge; and capture, if the candidate asks for a graph."""
+def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch, sampler: Sampler) -> None:
+    """Bind, count, run once on poisoned memory, judge; capture, if the candidate asks for a graph; time what is apart:
+    planning, the schedule kernel, the host."""
     record, candidate, device = row.record, row.candidate, t.x.device
     bound = binder.bind(candidate, space.take())
-    if candidate.strategy is not None and candidate.api == "raw":
-        strategy = candidate.strategy
-        record.plan_ms = host_ms(lambda: binder.schedule(strategy), device)
-    if bound.counts:
-        record.launches = bound.counts["gemm"]
-        record.dequant_launches = bound.counts["dequant"]
-        record.gather_launches = bound.counts["gather"]
-        record.pad_launches = bound.counts["pad"]
-        record.scatter_launches = bound.counts["scatter"]
-    record.padded_rows = bound.padded_rows
+    _count(record, bound)
     report, transient = _check(bound, t, space)
     record.error, record.error_peer = report.error, report.error_peer
     if transient is not None:
         record.peak_bytes = row.scratch_bytes + bound.own_bytes + transient
+    if report.ok:
+        _time_parts(record, bound, binder.plan(candidate), sampler, device)
     if report.ok and candidate.graph:
         bound = dataclasses.replace(bound, run=_captured(bound.run, device))
         report, _ = _check(bound, t, space)
@@ -174,6 +179,33 @@ def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch) -> Non
         row.bound = bound
     else:
         record.status, record.reason = "WRONG", report.message
+
+
+def _count(record: Record, bound: Bound) -> None:
+    record.padded_rows, record.config = bound.padded_rows, bound.config
+    if bound.counts:
+        record.launches = bound.counts["gemm"]
+        record.schedule_launches = bound.counts["schedule"]
+        record.dequant_launches = bound.counts["dequant"]
+        record.gather_launches = bound.counts["gather"]
+        record.pad_launches = bound.counts["pad"]
+        record.scatter_launches = bound.counts["scatter"]
+
+
+def _time_parts(
+    record: Record, bound: Bound, plan: Callable[[], object] | None, sampler: Sampler, device: torch.device
+) -> None:
+    """Host planning; on a GPU the schedule kernel (replayed, so that the host is not in it) and the issuing host."""
+    if plan is not None:
+        record.plan_ms = host_ms(plan, device)
+    if device.type != "cuda":
+        return
+    if bound.schedule is not None:
+        replay = _captured(bound.schedule, device)
+        replay()
+        record.schedule_ms = percentile([sampler.sample(replay) for _ in range(SCHEDULE_SAMPLES)], 50)
+    if not record.graph:
+        record.host_us = issue_us(bound.run, device, sum(bound.counts.values()) or UNKNOWN_LAUNCHES)
 
 
 def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport, int | None]:
@@ -193,7 +225,7 @@ def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport,
     return judge(y, t.oracle, t.peer, t.x.shape[1]), transient
 
 
-def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+def _captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """The same call as a replay of a CUDA graph.
 
     The graph holds addresses, not tensors: the replay keeps the call, and with it the plan and the views, alive.
@@ -202,14 +234,14 @@ def _captured(run: Callable[[], torch.Tensor], device: torch.device) -> Callable
     with torch.cuda.device(device), torch.cuda.graph(graph):
         y = run()
 
-    def replay() -> torch.Tensor:
+    def replay() -> T:
         graph.replay()
         return y
 
     return functools.partial(_keeping, run, replay)
 
 
-def _keeping(kept: object, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _keeping(kept: object, run: Callable[[], T]) -> T:
     """Run while holding on to what the run needs but does not name."""
     return run()
 

@@ -1,43 +1,49 @@
-"""Candidates: every way of running one workload that a benchmark compares, ready to be bound and timed."""
+"""Providers: who multiplies. Each binds candidates of one workload to its tensors, ready to be timed."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
 from ..backends.torch_backend import DenseGemm, DequantGemm, compute_dtype, no_grouped_mm
-from ..ops import moe
+from ..ops import grouped_gemm
 from ..plan import TokenPlan
 from ..quantize import dequantize
 from ..strategies import Gemm, Schedule, Strategy, Take
 from ..testing import Inputs
 from ..workspace import arena
+from .candidates import OWN, Candidate
 from .workloads import Workload
 
-__all__ = ["Bound", "Candidate", "enumerate_candidates"]
+__all__ = ["Binder", "Bound", "Provider", "Refused", "TorchProvider", "of_peer", "torch_empty"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One row of a benchmark before it is measured.
+class Refused(Exception):
+    """A candidate cannot run; the text is the reason."""
 
-    Attributes:
-        strategy: None stands for the public call ("auto").
-        scope: "base mm", "base+deq" or, unquantized, "base mm".
-        gather: "before" or "inside" the clock, where a strategy needs some experts' weights contiguous.
-        graph: replay from a CUDA graph.
-        api: "raw": views, buffers and the plan are made before the clock; "wrapper": all inside.
-    """
 
-    strategy: Strategy | None
-    scope: str
-    gather: str | None = None
-    graph: bool = False
-    api: str = "raw"
-    provider: str = "torch"
+@contextlib.contextmanager
+def of_peer(provider: str) -> Iterator[None]:
+    """Around what belongs to a provider. Whatever a foreign package raises becomes the reason of a refusal: what was
+    raised, and the line that raised it where it says nothing itself. Our own errors stay errors."""
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if provider in OWN:
+            raise
+        text = " ".join(str(error).split())
+        if not text:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{frame.line} ({frame.name})"
+        raise Refused(f"{provider}: {type(error).__name__}: {text[:300]}") from error
 
 
 @dataclasses.dataclass
@@ -50,6 +56,8 @@ class Bound:
         padded_rows: rows computed beyond the useful ones, or None.
         own_bytes: memory taken for this candidate alone.
         uses_scratch: scratch comes from the benchmark, not from what the package keeps between calls.
+        schedule: makes the tile schedule alone, where a run does.
+        config: of the kernel.
     """
 
     run: Callable[[], torch.Tensor]
@@ -57,10 +65,68 @@ class Bound:
     padded_rows: int | None
     own_bytes: int = 0
     uses_scratch: bool = True
+    schedule: Callable[[], object] | None = None
+    config: str | None = None
+
+
+class Provider(Protocol):
+    """Who multiplies, for one workload."""
+
+    def refuse(self, candidate: Candidate) -> str | None:
+        """Why a candidate cannot run here, or None."""
+        ...
+
+    def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
+        """Fix the tensors of a candidate; scratch comes from take. A dry binding is never run and costs no work."""
+        ...
+
+    def plan(self, candidate: Candidate) -> Callable[[], object] | None:
+        """The host planning that a raw candidate does before the clock, from counts on the device; None if none."""
+        ...
 
 
 class Binder:
-    """Binds candidates of one workload. The dequantized weights of "base mm" are made once and shared."""
+    """Binds candidates of one workload, whoever provides them. What candidates share is made once."""
+
+    def __init__(self, workload: Workload, tensors: Inputs) -> None:
+        self._workload = workload
+        self._tensors = tensors
+        self._providers: dict[str, Provider] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensors.x.device
+
+    def refuse(self, candidate: Candidate) -> str | None:
+        return self._of(candidate).refuse(candidate)
+
+    def bind(self, candidate: Candidate, take: Take, *, dry: bool = False) -> Bound:
+        return self._of(candidate).bind(candidate, take, dry)
+
+    def plan(self, candidate: Candidate) -> Callable[[], object] | None:
+        return self._of(candidate).plan(candidate)
+
+    def _of(self, candidate: Candidate) -> Provider:
+        name = candidate.provider
+        if name not in self._providers:
+            self._providers[name] = _provider(name)(self._workload, self._tensors)
+        return self._providers[name]
+
+
+def _provider(name: str) -> Callable[[Workload, Inputs], Provider]:
+    if name == "torch":
+        return TorchProvider
+    if name == "fused":
+        from .fused import FusedProvider
+
+        return FusedProvider
+    from .humming import HummingProvider
+
+    return HummingProvider
+
+
+class TorchProvider:
+    """torch's matmuls. The dequantized weights of "base mm" are made once and shared."""
 
     def __init__(self, workload: Workload, tensors: Inputs) -> None:
         self._workload = workload
@@ -69,26 +135,23 @@ class Binder:
         self._dense: torch.Tensor | None = None
 
     def refuse(self, candidate: Candidate) -> str | None:
-        """Why a candidate cannot run here, or None."""
         grouped = candidate.strategy is not None and candidate.strategy.name == "grouped"
-        if grouped and self.device.type != "cpu":
-            return no_grouped_mm(self.device, self._t.x.dtype, self._t.weight.E)
+        if grouped and self._t.x.device.type != "cpu":
+            return no_grouped_mm(self._t.x.device, self._t.x.dtype, self._t.weight.E)
         return None
 
-    def schedule(self, strategy: Strategy) -> Schedule:
-        """Plan from counts on the device: what plan_ms times."""
+    def plan(self, candidate: Candidate) -> Callable[[], object] | None:
+        strategy = candidate.strategy
+        return None if strategy is None or candidate.api != "raw" else lambda: self._schedule(strategy)
+
+    def _schedule(self, strategy: Strategy) -> Schedule:
         return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
 
-    @property
-    def device(self) -> torch.device:
-        return self._t.x.device
-
-    def bind(self, candidate: Candidate, take: Take, *, dry: bool = False) -> Bound:
-        """Fix the tensors of a candidate; scratch comes from take. A dry binding is never run and costs no work."""
+    def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
         if candidate.api == "wrapper":
             return self._bind_wrapper(candidate)
         assert candidate.strategy is not None
-        schedule = self.schedule(candidate.strategy)
+        schedule = self._schedule(candidate.strategy)
         own = 0
         batch_weights = None
         if candidate.gather == "before" and schedule.batch is not None:
@@ -117,25 +180,20 @@ class Binder:
 
     def _bind_wrapper(self, candidate: Candidate) -> Bound:
         t, strategy = self._t, candidate.strategy
-        w = t.weight
         if strategy is None:
-            fmt = w.format
-            phase = self._workload.kind
 
             def public() -> torch.Tensor:
-                return moe(
-                    t.x, w.codes, t.counts, scales=w.scales, zeros=w.zeros, weight_bits=fmt.bits,
-                    group_size=w.group_size or 128, asym=fmt.asym, phase=phase,
-                )  # fmt: skip
+                plan = TokenPlan.from_counts(t.counts, t.x.shape[0])
+                return grouped_gemm(t.x, t.weight, plan, backend="torch")
 
             return Bound(public, Counter(), None, uses_scratch=False)
-        schedule = self.schedule(strategy)
+        schedule = self._schedule(strategy)
 
         def run() -> torch.Tensor:
             take = arena(t.x.device).take
-            return self._bind_schedule(self.schedule(strategy), self._gemm(candidate, take, None), take)[0]()
+            return self._bind_schedule(self._schedule(strategy), self._gemm(candidate, take, None), take)[0]()
 
-        take = torch_empty(self.device)  # as a call binds it, since chunks depend on the device; not run
+        take = torch_empty(t.x.device)  # as a call binds it, since chunks depend on the device; not run
         counts = self._bind_schedule(schedule, self._gemm(candidate, take, None), take)[1]
         return Bound(run, counts, schedule.padded_rows, uses_scratch=False)
 
@@ -152,43 +210,6 @@ class Binder:
         return self._dense
 
 
-def _distinct(strategies: Sequence[Strategy], max_tokens: int) -> list[Strategy]:
-    whole = [s for s in strategies if s.name == "full_pad"]
-    whole += [s for s in strategies if s.threshold is not None and s.threshold >= max_tokens]
-    return [s for s in strategies if s not in whole[1:]]
-
-
 def torch_empty(device: torch.device | str) -> Take:
     """An allocator on a device; on "meta" it takes no memory, which is how needs are summed up."""
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
-
-
-def enumerate_candidates(
-    workload: Workload, device: torch.device, strategies: Sequence[Strategy], apis: Sequence[str]
-) -> list[Candidate]:
-    """Every row to measure for one workload, the baseline first.
-
-    A pad_and_clip threshold that every expert is within is the work of full_pad: of those that are the same, only the
-    first is measured. `base+deq` gathers packed weights inside the clock by its nature; `base mm` shows both. The loop
-    over experts, and in decode everything that needs no host sync, is also shown under a CUDA graph.
-    """
-    strategies = _distinct(strategies, workload.distribution.max_tokens)
-    scopes = ["base+deq", "base mm"] if workload.format.quantized else ["base mm"]
-    result: list[Candidate] = []
-    for api in apis:
-        for scope in scopes:
-            for strategy in sorted(strategies, key=lambda s: s.name != "per_expert"):
-                batched = strategy.name in ("pad_and_clip", "full_pad")
-                if not batched:
-                    gathers: tuple[str | None, ...] = (None,)
-                elif scope == "base mm" and api == "raw":
-                    gathers = ("before", "inside")
-                else:
-                    gathers = ("inside",)
-                result += [Candidate(strategy, scope, gather, api=api) for gather in gathers]
-                graph = strategy.name == "per_expert" or workload.kind == "decode"
-                if graph and api == "raw" and device.type == "cuda":
-                    result += [Candidate(strategy, scope, gathers[0], graph=True)]
-        if api == "wrapper":
-            result.append(Candidate(None, scopes[0], api="wrapper"))
-    return result

@@ -40,7 +40,7 @@ class Record:
     dtype: str  # of the activations: "bf16" | "fp16" | "fp32"
     seed: int
     # who did it and how
-    provider: str  # "torch"; fused providers later
+    provider: str  # "torch"; "fused": kernels on packed weights; a peer's name
     strategy: str  # "per_expert" | "pad_and_clip" | "full_pad" | "grouped" | "auto": the public call
     threshold: int | None  # of pad_and_clip
     scope: str  # "base mm": weights dequantized before the clock; "base+deq": inside it; "fused"
@@ -48,18 +48,19 @@ class Record:
     graph: bool  # replayed from a CUDA graph
     api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
     weight_layout: str  # "public" | "prepared"
+    phase: str | None = None  # "decode" | "prefill" | "auto" (by the counts); None: no such choice
+    config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
     top_k: int | None = None  # decode: experts per token
     # what was counted
     launches: int | None = None  # GEMM launches
+    schedule_launches: int | None = None  # making or restoring tile schedules
     dequant_launches: int | None = None
     gather_launches: int | None = None  # weight gathers
     pad_launches: int | None = None
     scatter_launches: int | None = None  # unpadding
     padded_rows: int | None = None
-    plan_ms: float | None = (
-        None  # host planning, from counts on the device to launches; None where the time contains it
-    )
+    plan_ms: float | None = None  # planning, from counts on the device to launches; None where the time contains it
     # what was measured
     rounds: int = 0  # samples asked for; an interrupted run has fewer
     status: str = "ok"  # "ok" | "WRONG" | "unsupported"
@@ -71,11 +72,14 @@ class Record:
     p20_ms: float | None = None
     p80_ms: float | None = None
     peak_bytes: int | None = None  # device memory beyond x and weights: result, scratch, gathered weights
+    schedule_ms: float | None = None  # GPU: the kernel that makes the tile schedule, by itself; the time contains it
+    host_us: float | None = None  # GPU: host time to issue one warmed eager call, without waiting for the device
     # what it is judged by
     flop: int = 0  # 2 S N K: useful work
     mandatory_bytes: int = 0  # codes, scales, zeros of active experts, x and y, once each
     ceiling_tflops: float | None = None  # matmul, measured on the spot
     ceiling_copy_gbps: float | None = None  # copy, bytes read plus written
+    ceiling_read_gbps: float | None = None  # GPU: reading only
     # where and when
     device: str = ""
     device_type: str = ""
@@ -112,6 +116,13 @@ class Record:
         floor = self.floor_ms
         return floor / self.median_ms if floor and self.median_ms else None
 
+    @property
+    def read_fraction(self) -> float | None:
+        """Mandatory bytes at the measured read bandwidth, over the median time."""
+        if not self.ceiling_read_gbps or not self.median_ms:
+            return None
+        return self.mandatory_bytes / self.ceiling_read_gbps / 1e6 / self.median_ms
+
     def baseline_key(self) -> tuple[Any, ...]:
         """Records with equal keys share one baseline: eager `per_expert` of the same provider and scope."""
         return (self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout)
@@ -130,7 +141,7 @@ class Record:
             self.kind, self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens,
             self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
-            self.graph, self.api, self.weight_layout, self.batch, self.top_k,
+            self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k,
         )  # fmt: skip
 
     def is_baseline(self) -> bool:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from .candidates import OWN
 from .columns import WHO, WORKLOAD, Column, Mode, Row, all_columns, label, number_text, time_of, timed, worth_showing
 from .records import Record
 
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Out = Literal["table", "md", "csv", "json"]
+OURS = "fused"
 
+_CEILINGS = (
+    ("matmul", "TFLOP/s", "ceiling_tflops"),
+    ("copy", "GB/s", "ceiling_copy_gbps"),
+    ("read", "GB/s", "ceiling_read_gbps"),
+)
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
-_DERIVED = ("speedup", "tflops", "gbps", "floor_ms", "roofline")
+_DERIVED = ("speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction")
 
 
 def fastest(records: Iterable[Record]) -> Record | None:
@@ -105,11 +112,26 @@ def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) 
     inside = paid(group) or group
     wrong = next((r for r in inside if r.status == "WRONG"), inside[0])
     chosen = fastest(inside) or wrong
-    clip = fastest(r for r in inside if r.strategy == "pad_and_clip")
+    clip = fastest(r for r in inside if r.strategy == "pad_and_clip" and not r.graph)
+    grouped = fastest(r for r in inside if r.strategy == "grouped" and not r.graph)
     prepared = [r for r in group if r.scope == "base mm" and r.gather != "inside"]
     graph = fastest(r for r in inside if r.strategy == "per_expert" and r.graph)
     ready, ready_clip = fastest(prepared), fastest(r for r in prepared if r.strategy == "pad_and_clip")
-    return Row(chosen, baselines.get(chosen.baseline_key()), clip=clip, ready_clip=ready_clip, graph=graph, ready=ready)
+    return Row(
+        chosen, baselines.get(chosen.baseline_key()), clip=clip, ready_clip=ready_clip, graph=graph, ready=ready,
+        grouped=grouped,
+    )  # fmt: skip
+
+
+def _peer_of(row: Row, group: Sequence[Record]) -> Record | None:
+    """Of kernels on packed weights: the fastest of the other packages' launches over all experts, with torch's on
+    weights that are ready."""
+    if row.record.provider != OURS:
+        return None
+    return fastest(
+        r for r in group
+        if r.provider != OURS and (r.provider != "torch" or (r.scope == "base mm" and r.strategy == "grouped"))
+    )  # fmt: skip
 
 
 def _summary_rows(records: Sequence[Record]) -> list[Row]:
@@ -119,7 +141,10 @@ def _summary_rows(records: Sequence[Record]) -> list[Row]:
     for format_group in _groups(records, lambda r: (r.format, r.workload_key(), r.group_size, r.api, r.torch)):
         part = [_summary_row(g, baselines) for g in _groups(format_group, lambda r: (r.provider, r.weight_layout))]
         best = fastest(row.record for row in part) if len(part) > 1 else None
-        found += [dataclasses.replace(row, best=row.record is best) for row in part]
+        peers = [_peer_of(row, format_group) for row in part]
+        found += [
+            dataclasses.replace(row, best=row.record is best, peer=peer) for row, peer in zip(part, peers, strict=True)
+        ]
     formats = list(dict.fromkeys(r.format for r in records))
     return sorted(found, key=lambda row: formats.index(row.record.format))
 
@@ -142,7 +167,7 @@ def caption(records: Sequence[Record]) -> str:
         pieces["total_tokens"] += f" ({pieces.pop('active_experts')}, {pieces.pop('max_tokens')})"
     ceilings = [
         f"{name} {_span(values)} {unit}"
-        for name, unit, attribute in (("matmul", "TFLOP/s", "ceiling_tflops"), ("copy", "GB/s", "ceiling_copy_gbps"))
+        for name, unit, attribute in _CEILINGS
         if (values := {number_text(v) for r in records if (v := getattr(r, attribute))})
     ]
     text = ", ".join(text for text in pieces.values() if text)
@@ -154,21 +179,41 @@ def _span(values: set[str]) -> str:
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]}–{ordered[-1]}"
 
 
-def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[str]:
-    """Why rows have no time, grouped by reason; and what the labels mean where they occur."""
+def _refusals(records: Sequence[Record]) -> list[str]:
+    """Why rows have no time, a line for each reason."""
     notes = []
     projections = {(r.n, r.k) for r in records}
     for group in _groups((r for r in records if r.status != "ok"), lambda r: (r.status, r.reason)):
         who = []
-        for same in _groups(group, lambda r: (r.format, r.provider, r.scope, label(r))):
-            some = {(r.n, r.k) for r in same} != projections
-            where = "".join(f" N={r.n} K={r.k}" for r in same) if some else ""
-            who.append(f"{same[0].format} {same[0].provider} {same[0].scope} {label(same[0])}{where}")
+        for part in _groups(group, lambda r: r.provider):
+            if len(part) > 1 and len(part) == sum(r.provider == part[0].provider for r in records):
+                who.append(f"every row of {part[0].provider}")
+                continue
+            for same in _groups(part, lambda r: (r.format, r.scope, label(r))):
+                some = {(r.n, r.k) for r in same} != projections
+                where = "".join(f" N={n} K={k}" for n, k in dict.fromkeys((r.n, r.k) for r in same)) if some else ""
+                scope = "" if same[0].scope == same[0].provider else f" {same[0].scope}"
+                who.append(f"{same[0].format} {same[0].provider}{scope} {label(same[0])}{where}")
         more = f" and {len(who) - 4} more" if len(who) > 4 else ""
         status = "WRONG" if group[0].status == "WRONG" else "n/a"
-        notes.append(
-            f"{status}: {'; '.join(who[:4])}{more}: {' '.join((group[0].reason or 'no reason recorded').split())}"
-        )
+        reason = " ".join((group[0].reason or "no reason recorded").split())
+        notes.append(f"{status}: {'; '.join(who[:4])}{more}: {reason}")
+    return notes
+
+
+def _peer_configs(records: Sequence[Record]) -> list[str]:
+    """Which configuration of a peer was measured, for each format and projection."""
+    found: dict[str, dict[str, None]] = {}
+    for r in records:
+        if r.provider not in OWN and r.config and time_of(r):
+            batch = "" if r.batch is None else f" batch {r.batch}"
+            found.setdefault(r.config.partition(" {")[0], {})[f"{r.format} N={r.n}{batch}"] = None
+    return [f"{config}: {', '.join(where)}" for config, where in found.items()]
+
+
+def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[str]:
+    """Why rows have no time; which configuration a peer ran; and what the labels mean where they occur."""
+    notes = _refusals(records)
     cut = sum(len(r.samples_ms) < r.rounds for r in records if r.status == "ok")
     if cut:
         notes.append(f"interrupted: {cut} rows have fewer samples than were asked for")
@@ -180,6 +225,11 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         notes.append("graph: replayed from a CUDA graph, which holds for exactly these counts")
     if any("gathered" in label(r) for r in seen):
         notes.append("weights gathered: the small experts' weights made contiguous before or inside the clock")
+    notes += _peer_configs(records)
+    if any(row.peer for row in shown):
+        notes.append("best peer: the fastest launch over all experts that is not ours; ready: on dequantized weights")
+    if any(r.host_us for r in records) and (mode == "full" or records[0].kind == "decode"):
+        notes.append("host: median host time to issue one warmed call, without waiting for the device")
     if mode == "summary" and records[0].kind == "prefill":
         notes.append(
             "per_expert (an eager loop, so it varies with the host), pad_and_clip (at its best threshold) and best "
@@ -338,6 +388,7 @@ def flat(record: Record, baselines: dict[tuple[Any, ...], Record]) -> dict[str, 
         *(timed(name)(row) for name in ("tflops", "gbps")),
         record.floor_ms,
         timed("roofline")(row),
+        timed("read_fraction")(row),
     )
     return {**data, **dict(zip(_DERIVED, derived, strict=True))}
 

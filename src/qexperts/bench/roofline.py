@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..backends import triton_backend
 from ..backends.torch_backend import compute_dtype
 from ..formats import QuantWeight
 from .timing import Sampler
@@ -21,14 +22,19 @@ class Ceilings:
     Attributes:
         tflops: large matmul in the activation dtype, 1e12 FLOP/s.
         copy_gbps: large copy, bytes read plus bytes written, 1e9 B/s.
+        read_gbps: reading only, 1e9 B/s; GPUs only.
     """
 
     tflops: float
     copy_gbps: float
+    read_gbps: float | None = None
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of a few large matmuls on random data and of a few large copies. Under a second on an idle machine."""
+    """Best of a few large matmuls on random data, of a few large copies, and on a GPU of a few ways of reading.
+
+    Under a second on an idle machine, plus the compilation of a kernel that reads.
+    """
     sampler = Sampler(device)
     gpu = device.type != "cpu"
     m, repeats = (8192, 9) if gpu else (2048, 5)
@@ -45,7 +51,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     matmul_ms = best(lambda: torch.mm(a, b, out=c))
     copy_ms = best(lambda: target.copy_(source))
-    return Ceilings(2 * m**3 / matmul_ms / 1e9, 2 * source.numel() / copy_ms / 1e6)
+    read_ms = min(best(run) for run in _reads(source)) if gpu else None
+    read_gbps = source.numel() / read_ms / 1e6 if read_ms else None
+    return Ceilings(2 * m**3 / matmul_ms / 1e9, 2 * source.numel() / copy_ms / 1e6, read_gbps)
+
+
+def _reads(source: torch.Tensor) -> list[Callable[[], object]]:
+    """Ways of reading a buffer of zeros once; reductions of torch do not reach the bandwidth everywhere."""
+    floats, halves = source.view(torch.float32), source.view(torch.bfloat16)
+    found: list[Callable[[], object]] = [floats.sum, halves.sum, floats.amax]
+    if triton_backend.installed():
+        from .read import readers
+
+        found += readers(source)
+    return found
 
 
 def useful_flop(total_tokens: int, n: int, k: int) -> int:

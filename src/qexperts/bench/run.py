@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ..backends import BACKENDS
+from ..backends import triton_backend
 from ..routing import Distribution, is_synthetic, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
+from .candidates import LAYOUTS, PROVIDERS, enumerate_candidates
 from .environment import environment, pick_device
 from .measure import measure_workload
-from .providers import enumerate_candidates
 from .records import Record, RecordWriter
 from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS, Workload, decode_distribution, select_formats
@@ -40,6 +40,9 @@ class BenchOptions:
 
     Attributes:
         tokens: rows over all experts (S).
+        provider: comma list; by default torch, and on a GPU with Triton fused.
+        weight_layout: comma list, of the weights that fused kernels read.
+        peer_tries: configurations that a peer tries besides its default one; each is compiled.
         top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
     """
 
@@ -53,7 +56,9 @@ class BenchOptions:
     formats: str = "all"
     strategies: str = "all"
     thresholds: str | None = None
-    provider: str = "torch"
+    provider: str | None = None
+    weight_layout: str = "prepared"
+    peer_tries: int = 4
     mode: str = "summary"
     api: str = "raw"
     device: str | None = None
@@ -80,6 +85,8 @@ class Job:
     workloads: list[Workload]
     strategies: list[Strategy]
     apis: list[str]
+    providers: list[str]
+    layouts: list[str]
     rounds: int
     writer: RecordWriter
 
@@ -89,11 +96,13 @@ def prepare(options: BenchOptions) -> Job:
     device = pick_device(options.device)
     if options.dtype not in DTYPES or (options.dtype == "fp32" and device.type != "cpu"):
         raise ValueError(f"--dtype {options.dtype}: expected bf16 or fp16 (fp32 on the CPU only)")
-    if options.provider == "fused":
-        raise ValueError(f"--provider fused: no fused backend in this version; there is: {', '.join(BACKENDS)}")
+    if options.peer_tries < 0:
+        raise ValueError(f"--peer-tries {options.peer_tries}: expected at least 0")
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds {options.rounds}: expected at least 1")
     apis = _words("--api", options.api, ("raw", "wrapper"))
+    providers = _providers(options.provider, device)
+    layouts = _words("--weight-layout", options.weight_layout, LAYOUTS)
     scaled = device.type == "cpu" and not options.sized
     strategies = _strategies(options, scaled)
     workloads = (_prefill if options.kind == "prefill" else _decode)(options, scaled)
@@ -106,7 +115,8 @@ def prepare(options: BenchOptions) -> Job:
             raise ValueError("--plot: needs matplotlib; install the bench extra: pip install 'qexperts[bench]'")
         Path(options.plot).mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
-    return Job(options, device, workloads, strategies, apis, rounds, RecordWriter(options.save))
+    writer = RecordWriter(options.save)
+    return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, writer)
 
 
 def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text: None) -> Iterator[Record]:
@@ -121,13 +131,22 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
         ceilings = measure_ceilings(job.device, DTYPES[job.options.dtype])
         env = environment(job.device)
         for i, workload in enumerate(job.workloads):
-            candidates = enumerate_candidates(workload, job.device, job.strategies, job.apis)
+            candidates = enumerate_candidates(
+                workload, job.device, job.strategies, job.apis, job.providers, job.layouts,
+                job.options.peer_tries,
+            )  # fmt: skip
             for record in measure_workload(
                 workload, candidates, ceilings, env, job.device, job.rounds,
                 lambda text, w=workload, i=i: tick(w, i, text),
             ):  # fmt: skip
                 job.writer.write([record])
                 yield record
+
+
+def _providers(text: str | None, device: torch.device) -> list[str]:
+    if text is None:
+        text = "torch,fused" if device.type != "cpu" and triton_backend.installed() else "torch"
+    return list(PROVIDERS) if text == "all" else _words("--provider", text, PROVIDERS)
 
 
 def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CacheFlusher", "Sampler", "host_ms", "percentile", "synchronize"]
+__all__ = ["CacheFlusher", "Sampler", "host_ms", "issue_us", "percentile", "synchronize"]
 
+QUEUE = 800  # launches that a device takes without holding up the host; NVIDIA's queue holds 1,024
+ISSUE_SECONDS = 0.5  # for the host time of one candidate
 _CPU_CACHE_BYTES = 64 * 2**20  # where the size of the last-level cache is not known
 
 
@@ -97,6 +99,28 @@ def host_ms(run: Callable[[], object], device: torch.device, repeats: int = 5) -
         run()
         times.append((time.perf_counter_ns() - start) / 1e6)
     return statistics.median(times)
+
+
+def issue_us(run: Callable[[], object], device: torch.device, launches: int, calls: int = 200) -> float:
+    """Median host time of issuing a warmed call, in us.
+
+    There are `calls` calls between two synchronisations, or fewer where their launches would fill the device's queue
+    or their work take long.
+    """
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    once = time.perf_counter() - started
+    together = max(1, min(calls, QUEUE // max(1, launches), int(ISSUE_SECONDS / once)))
+    times: list[int] = []
+    while len(times) < calls and (not times or time.perf_counter() - started < ISSUE_SECONDS):
+        synchronize(device)
+        for _ in range(together):
+            start = time.perf_counter_ns()
+            run()
+            times.append(time.perf_counter_ns() - start)
+    synchronize(device)
+    return statistics.median(times) / 1e3
 
 
 def percentile(samples: Sequence[float], q: float) -> float:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import triton
+
 __all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config", "split_k", "valid"]
+
+
+OPERAND_SLICES_OF_64 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +22,7 @@ class PrefillConfig:
     Attributes:
         block_n, block_k: of the weight, multiples of 64.
         stages: of the load pipeline. At least 3: with 2, Triton 3.6 overwrites operands that are still being read.
-        warps: 4 a program.
+        warps: of a program, 4 or 8.
         programs_per_sm: resident programs that each multiprocessor starts.
     """
 
@@ -39,21 +44,34 @@ class DecodeConfig:
     block_m: int = 16
 
 
-def prefill_config(bits: int, k: int, strided: bool, nvidia: bool) -> PrefillConfig:
-    """bits: of a code. Two programs must fit a multiprocessor: 113 KiB of shared memory and 255 registers each."""
+def prefill_config(bits: int, k: int, layout: str, nvidia: bool) -> PrefillConfig:
+    """bits: of a code; layout: of the weight.
+
+    On NVIDIA two programs of 4 warps share a multiprocessor: 113 KiB of shared memory and 255 registers a thread each.
+    Since 3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which is too much for that: there one
+    program of 8 warps runs alone, with 5-9% less speed where both were measured, but without spilling.
+    """
     if not nvidia:
         return PrefillConfig(64, 64, 2)
-    if strided or bits == 8 or k % 128:
+    if bits == 16 or layout == "strided":
         return PrefillConfig(128, 64, 3)
-    return PrefillConfig(128, 128, 3)
+    if OPERAND_SLICES_OF_64 and k % 128 == 0:
+        return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
+    if k % 128 == 0 and (bits == 2 or (bits == 4 and layout == "public")):
+        return PrefillConfig(128, 128, 3)
+    return PrefillConfig(128, 64, 4)
 
 
-def decode_config(bits: int, k: int, strided: bool, nvidia: bool) -> DecodeConfig:
+def decode_config(bits: int, k: int, layout: str, nvidia: bool, blocks: int, processors: int) -> DecodeConfig:
+    """blocks: of 128 outputs over all active experts. Codes under 8 bits are bound by instructions, of which blocks of
+    128 rows need fewer; with few blocks, loading more k ahead counts more."""
     if not nvidia:
         return DecodeConfig(64, 64, 2)
-    if strided or bits == 8 or k % 128:
+    if bits >= 8 or layout == "strided":
         return DecodeConfig(64, 64, 4)
-    return DecodeConfig(128, 128, 4)
+    if blocks < 4 * processors and k % 128 == 0:
+        return DecodeConfig(64, 128, 4)
+    return DecodeConfig(128, 64, 4)
 
 
 def split_k(blocks: int, k_blocks: int, processors: int) -> int:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .config import DecodeConfig
 from .dequant import round_to
+from .launcher import Launcher
 from .operand import Operand
 from .tile import accumulate
 
@@ -20,59 +21,67 @@ __all__ = ["decode_kernel", "launch", "launch_reduce", "reduce_kernel"]
 
 
 @triton.jit
-def _offsets(counts_ptr, S, E, BLOCK_E: tl.constexpr):
-    """First and end row of each expert: [BLOCK_E]; negative counts count as 0, nothing passes S."""
+def _rows(counts_ptr, S, E, WIDE_SUM: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows of each expert: [BLOCK_E]; negative counts count as 0, and none is above S. WIDE_SUM: 64 bits."""
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
-    counts = tl.minimum(tl.maximum(counts, 0), S).to(tl.int64)
-    sums = tl.cumsum(counts, 0)
-    return tl.minimum(sums - counts, S).to(tl.int32), tl.minimum(sums, S).to(tl.int32)
+    rows = tl.minimum(tl.maximum(counts, 0), S)
+    if WIDE_SUM:
+        rows = rows.to(tl.int64)
+    else:
+        rows = rows.to(tl.int32)
+    return rows
 
 
 @triton.jit
-def _wanted(starts, ends, LIMIT, CONDITION: tl.constexpr):
-    """CONDITION: 0 always; 1 if every expert has at most LIMIT rows; 2 if not."""
+def _wanted(rows, S, LIMIT, CONDITION: tl.constexpr):
+    """CONDITION: 0 always; 1 if every expert has at most LIMIT rows; 2 if not. Rows past S do not count."""
     if CONDITION == 0:
         wanted = True
-    elif CONDITION == 1:
-        wanted = tl.max(ends - starts, 0) <= LIMIT
     else:
-        wanted = tl.max(ends - starts, 0) > LIMIT
+        sums = tl.cumsum(rows, 0)
+        most = tl.max(tl.minimum(sums, S) - tl.minimum(sums - rows, S), 0)
+        if CONDITION == 1:
+            wanted = most <= LIMIT
+        else:
+            wanted = most > LIMIT
     return wanted
 
 
-@triton.jit(do_not_specialize=["S", "E", "LIMIT", "k_part"])
+@triton.jit(do_not_specialize=["S", "E", "LIMIT", "PART_BLOCKS"])
 def decode_kernel(
     y_ptr, part_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr,
-    S, E, N, K, k_part, LIMIT, stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
+    S, E, N, K, PART_BLOCKS, LIMIT, stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr, AFTER: tl.constexpr = False,
+    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     if LAYOUT != "strided":
         w_ptr = w_ptr.to(tl.pointer_type(tl.int32))
     block_n, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m, offs_n = tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < N)[:, None]
-    starts, ends = _offsets(counts_ptr, S, E, BLOCK_E)
     offs_e = tl.arange(0, BLOCK_E)
-    rank = tl.cumsum((ends > starts).to(tl.int32), 0)
-    expert = tl.sum((rank <= slot).to(tl.int32), 0)  # the one whose rank is slot + 1
-    if _wanted(starts, ends, LIMIT, CONDITION):
+    counts = _rows(counts_ptr, S, E, WIDE_SUM, BLOCK_E)
+    if _wanted(counts, S, LIMIT, CONDITION):
+        rank = tl.cumsum((counts > 0).to(tl.int32), 0)
+        expert = tl.sum((rank <= slot).to(tl.int32), 0)  # the one whose rank is slot + 1
         if expert < E:
-            row = tl.sum(tl.where(offs_e == expert, starts, 0), 0)
-            stop = tl.sum(tl.where(offs_e == expert, ends, 0), 0)
+            start = tl.sum(tl.where(offs_e < expert, counts, 0), 0)
+            stop = tl.minimum(start + tl.sum(tl.where(offs_e == expert, counts, 0), 0), S).to(tl.int32)
+            row = tl.minimum(start, S).to(tl.int32)
             e = expert.to(tl.int64)
-            k_start = part * k_part
-            k_stop = tl.minimum(k_start + k_part, tl.cdiv(K, BLOCK_K) * BLOCK_K)
+            # products with BLOCK_K last, so that the compiler sees what they are multiples of and loads 16 bytes at once
+            k_start = part * PART_BLOCKS * BLOCK_K
+            k_stop = tl.minimum((part + 1) * PART_BLOCKS, tl.cdiv(K, BLOCK_K)) * BLOCK_K
             for first in range(row, stop, BLOCK_M):
-                r = first.to(tl.int64)
+                r = tl.cast(first, tl.int64)
                 acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 acc = accumulate(
                     acc, x_ptr + r * stride_xm, w_ptr + e * stride_we, s_ptr + e * stride_se, z_ptr + e * stride_se,
                     stop - first, stride_xm, block_n * BLOCK_N, k_start, k_stop, N, K,
                     stride_wn, stride_wk, stride_sn, stride_sg,
-                    FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, AFTER, True, LAYOUT == "public", EVEN_K, BLOCK_K,
+                    FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, LAYOUT == "public", EVEN_K, BLOCK_K,
                     STAGES, PATH,
                 )  # fmt: skip
                 offs_y = r * N + offs_m[None, :] * N + offs_n[:, None]
@@ -83,26 +92,34 @@ def decode_kernel(
                     tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty, PATH), mask=mask)
         if not SPLIT and slot == 0:
             zeros = tl.zeros((BLOCK_N, BLOCK_M), y_ptr.dtype.element_ty)
-            for first in range(tl.max(ends, 0), S, BLOCK_M):
-                offs_y = first.to(tl.int64) * N + offs_m[None, :] * N + offs_n[:, None]
+            for first in range(tl.minimum(tl.sum(counts, 0), S).to(tl.int32), S, BLOCK_M):
+                offs_y = tl.cast(first, tl.int64) * N + offs_m[None, :] * N + offs_n[:, None]
                 tl.store(y_ptr + offs_y, zeros, mask=(offs_m < S - first)[None, :] & mask_n)
 
 
 @triton.jit(do_not_specialize=["S", "E", "LIMIT"])
 def reduce_kernel(
-    y_ptr, part_ptr, counts_ptr, S, E, N, LIMIT, PARTS: tl.constexpr, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, PATH: tl.constexpr,
+    y_ptr, part_ptr, counts_ptr, S, E, N, LIMIT, PARTS: tl.constexpr, CONDITION: tl.constexpr,
+    WIDE_SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """y[r, n] = sum of the parts, in order."""
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    starts, ends = _offsets(counts_ptr, S, E, BLOCK_E)
-    if _wanted(starts, ends, LIMIT, CONDITION):
-        mask = (offs_n < N) & (row < tl.max(ends, 0))
+    counts = _rows(counts_ptr, S, E, WIDE_SUM, BLOCK_E)
+    if _wanted(counts, S, LIMIT, CONDITION):
+        mask = (offs_n < N) & (row < tl.sum(counts, 0))
         acc = tl.zeros((BLOCK_N,), tl.float32)
         for part in tl.static_range(PARTS):
             acc += tl.load(part_ptr + (part * S + row) * N + offs_n, mask=mask, other=0.0)
         tl.store(y_ptr + row * N + offs_n, round_to(acc, y_ptr.dtype.element_ty, PATH), mask=offs_n < N)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+_LAUNCH = Launcher(decode_kernel)
+_REDUCE = Launcher(reduce_kernel)
 
 
 def launch(
@@ -113,16 +130,23 @@ def launch(
 
     limit, condition: run only if every expert has at most limit rows (condition 1), or only if not (2); 0 always.
     """
-    s, experts = x.shape[0], counts.shape[0]
+    s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
     parts = 1 if part is None else part.shape[0]
-    k_blocks = triton.cdiv(w.K, config.block_k)
-    decode_kernel[(triton.cdiv(w.N, config.block_n), min(s, experts), parts)](
-        y, y if part is None else part, x, w.w, w.s, w.z, counts, s, experts, w.N, w.K,
-        triton.cdiv(k_blocks, parts) * config.block_k, limit, x.stride(0), *w.strides,
-        FORMAT=w.format, LAYOUT=w.layout, SCALE=w.scale, GROUP=w.group, SCALE_ROWS=w.scale_rows,
-        EVEN_K=w.K % config.block_k == 0, SPLIT=parts > 1, CONDITION=condition,
-        BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, STAGES=config.stages, PATH=path, num_warps=config.warps,
+    constants = lambda: {  # noqa: E731
+        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
+        "EVEN_K": w.K % config.block_k == 0, "SPLIT": parts > 1, "CONDITION": condition,
+        "WIDE_SUM": s * experts >= 2**31, "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages, "PATH": path,
+    }  # fmt: skip
+    _LAUNCH(
+        (w.key, x.dtype, y.dtype, counts.dtype, stride, (x.data_ptr() | counts.data_ptr()) % 16, config,
+         parts > 1, condition, experts, s * experts >= 2**31),
+        (_up(w.N, config.block_n), min(s, experts), parts),
+        (y, y if part is None else part, x, w.w, w.s, w.z, counts, s, experts, w.N, w.K,
+         _up(_up(w.K, config.block_k), parts), limit, stride,
+         *w.strides),
+        constants,
+        config.warps,
     )  # fmt: skip
 
 
@@ -130,8 +154,16 @@ def launch_reduce(
     y: torch.Tensor, part: torch.Tensor, counts: torch.Tensor, limit: int, condition: int, path: str
 ) -> None:
     """y: [S, N] from part: [parts, S, N]; the rest as `launch`."""
-    s, n = y.shape
-    reduce_kernel[(s, triton.cdiv(n, 512))](
-        y, part, counts, s, counts.shape[0], n, limit, PARTS=part.shape[0], CONDITION=condition,
-        BLOCK_E=triton.next_power_of_2(counts.shape[0]), BLOCK_N=512, PATH=path,
-    )  # fmt: skip
+    (s, n), experts, parts = y.shape, counts.shape[0], part.shape[0]
+    wide = s * experts >= 2**31
+    constants = lambda: {  # noqa: E731
+        "PARTS": parts, "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_N": 512, "PATH": path,
+    }  # fmt: skip
+    _REDUCE(
+        (y.dtype, y.device.index, counts.dtype, counts.data_ptr() % 16, n, experts, parts, condition, wide),
+        (s, -(-n // 512), 1),
+        (y, part, counts, s, experts, n, limit),
+        constants,
+        4,
+    )

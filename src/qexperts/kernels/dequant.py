@@ -26,24 +26,47 @@ __all__ = ["code_bits", "code_value", "dequant_words", "is_asym", "round_to", "s
 
 
 @triton.constexpr_function
+def _both(value: float, bf16: bool) -> str:
+    """A bf16 or fp16 value, representable, in both halves of a register."""
+    sign, mantissa, exponent = (0x8000 if value < 0 else 0), abs(value), 0
+    while mantissa >= 2:
+        mantissa, exponent = mantissa / 2, exponent + 1
+    while mantissa < 1:
+        mantissa, exponent = mantissa * 2, exponent - 1
+    bias, width = (127, 7) if bf16 else (15, 10)
+    return hex((sign | (exponent + bias) << width | int((mantissa - 1) * 2**width)) * 0x10001)
+
+
+@triton.constexpr_function
 def _nibbles(bits: int, bf16: bool, asym: bool, scaled: bool) -> str:
-    """A word of 4- or 2-bit codes -> registers of two values: the word, then the steps' s if scaled, z if asym."""
-    mask = "0x000f000f" if bits == 4 else "0x00030003"
-    magic = 0x4300 if bf16 else 0x6400  # 128 or 1024: its last mantissa bit counts 1
+    """A word of 4- or 2-bit codes -> registers of two values: the word, then the steps' s if scaled, z if asym.
+
+    A field may stay where it is in the mantissa of the magic number m, as far as that reaches; the multiply-add then
+    undoes its weight f: (m + f c) / f - (m / f + zero) = c - zero, exactly.
+    """
+    mask = 0x000F000F if bits == 4 else 0x00030003
+    magic, reach = (128, 7) if bf16 else (1024, 10)
+    head = 0x43004300 if bf16 else 0x64006400
     offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
     t = "bf16x2" if bf16 else "f16x2"
-    one, minus = ("0x3f803f80", 0xC300) if bf16 else ("0x3c003c00", 0xE400)
-    steps = 8 // bits
+    steps, places = 8 // bits, reach // bits
     word = 4 * steps  # the number of the first input, after two outputs a register
-    lines = [f".reg .b32 m, one, none, z, r; mov.b32 one, {one}; mov.b32 none, 0x80008000;"]
-    lines.append(f"mov.b32 z, {(minus + offset) * 0x10001:#x};")
+    lines = [f".reg .b32 m, none, z, r, f, g; mov.b32 none, 0x80008000; mov.b32 m, ${word};"]
     for i in range(2 * steps):
-        source = "m" if i else f"${word}"
-        if i:
+        low = bits * (i % places)
+        f = 1 << low
+        if i and not low:
             lines.append(f"shr.u32 m, ${word}, {bits * i};")
-        z = f"${word + 1 + i // 2 + (steps if scaled else 0)}" if asym else "z"
-        lines.append(f"lop3.b32 r, {source}, {mask}, {(magic + offset) * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
-        lines.append(f"fma.rn.{t} r, r, one, {z};")
+        lines.append(f"lop3.b32 r, m, {mask << low:#x}, {head ^ (offset << low) * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
+        z = f"${word + 1 + i // 2 + (steps if scaled else 0)}"  # -(m + zero)
+        if not asym:
+            lines.append(f"mov.b32 z, {_both(-(magic / f + offset), bf16)};")
+        elif low:
+            lines.append(f"mov.b32 f, {_both(1.0, bf16)}; mov.b32 g, {_both(magic - magic / f, bf16)};")
+            lines.append(f"fma.rn.{t} z, {z}, f, g;")
+        else:
+            lines.append(f"mov.b32 z, {z};")
+        lines.append(f"mov.b32 f, {_both(1 / f, bf16)}; fma.rn.{t} r, r, f, z;")
         if scaled:
             lines.append(f"fma.rn.{t} r, r, ${word + 1 + i // 2}, none;")
         lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
@@ -327,7 +350,7 @@ def _twin16(w, z0, z1, z2, z3, FORMAT: tl.constexpr):
 @triton.jit
 def dequant_words(
     w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PATH: tl.constexpr,
-    SCALED: tl.constexpr, WIDE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Words of a block of weights -> the matrix operand.
 
@@ -337,15 +360,14 @@ def dequant_words(
             to w.
         z0 .. z3: `zero_operand`s like the scales; read for asymmetric formats only.
         DTYPE: of the result. PATH: "ptx" (NVIDIA), "portable", or "interpreter" (portable; see `tile.py`).
-        SCALED: multiply by the scales; otherwise the result is code - zero, exact.
-        WIDE: the scales are not in DTYPE; the product is taken in fp32.
+        WIDE: the scales are not in DTYPE; PTX then gives code - zero, exact, and the product is taken in fp32.
     Returns: [BLOCK_N, 64 * B]; DTYPE; columns are k-slots.
     """
     BLOCK_N: tl.constexpr = w.shape[0]
     B: tl.constexpr = w.shape[1]
     BITS: tl.constexpr = code_bits(FORMAT)
-    PTX_SCALED: tl.constexpr = SCALED and not WIDE
-    PRODUCT: tl.constexpr = SCALED and not (PATH == "ptx" and PTX_SCALED)
+    PTX_SCALED: tl.constexpr = not WIDE
+    PRODUCT: tl.constexpr = WIDE or PATH != "ptx"
     if BITS == 8:
         if PATH == "ptx":
             t = _ptx4(w, s0, z0, FORMAT, DTYPE, PTX_SCALED)

@@ -26,6 +26,8 @@ class Operand(NamedTuple):
         strides: of an expert, a row and a k of w (32-bit words, or elements if strided); of an expert, a row and a
             group of s and z.
         layout, scale, group, scale_rows: see `tile.py`.
+        facts: a number that stands for everything here but the tensors.
+        key: what a compiled kernel depends on, besides x and the configuration.
     """
 
     w: torch.Tensor
@@ -39,15 +41,34 @@ class Operand(NamedTuple):
     scale_rows: int
     N: int
     K: int
+    facts: int = -1
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.facts, (self.w.data_ptr() | self.s.data_ptr() | self.z.data_ptr()) % 16
+
+    def over(self, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None) -> Operand:
+        """The same kind of weight over other tensors."""
+        s = codes if scales is None else scales
+        return Operand(codes, s, s if zeros is None else zeros, *self[3:])
 
 
-def operand(weight: QuantWeight, like: torch.Tensor) -> Operand:
-    """like: a tensor on the device, for arguments that a format does not have."""
+_FACTS: dict[tuple[object, ...], int] = {}
+
+
+def operand(weight: QuantWeight) -> Operand:
+    """Kernel arguments of a weight. A format without scales passes its codes in their place; they are not read."""
+    w = _operand(weight)
+    facts = (*w[3:-1], w.w.dtype, w.s.dtype, w.w.device)
+    return w._replace(facts=_FACTS.setdefault(facts, len(_FACTS)))
+
+
+def _operand(weight: QuantWeight) -> Operand:
     codes, scales = weight.codes, weight.scales
     e, n, k = codes.stride()
     name, size = weight.format.name, (weight.N, weight.K)
     if scales is None:
-        return Operand(codes, like, like, (e, n, k, 0, 0, 0), name, "strided", _TL[codes.dtype], 0, 1, *size)
+        return Operand(codes, codes, codes, (e, n, k, 0, 0, 0), name, "strided", _TL[codes.dtype], 0, 1, *size)
     zeros = weight.zeros if weight.zeros is not None else scales
     if weight.weight_layout == "tiles":
         group = _group(weight)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .dequant import code_bits
+from .launcher import Launcher
 
 __all__ = ["launch", "permute_kernel"]
 
@@ -34,10 +35,17 @@ def permute_kernel(
     tl.store(y_ptrs, tl.reshape(x, (BLOCK_M, BLOCK_K)), mask=mask & (offs_k < tl.cdiv(K, 64) * 64)[None, :])
 
 
+_LAUNCH = Launcher(permute_kernel)
+
+
 def launch(y: torch.Tensor, x: torch.Tensor, format: str) -> None:
     """y: [S, K rounded up to 64]; x: [S, K]."""
     block_m, block_k = 8, 256
-    grid = (triton.cdiv(x.shape[0], block_m), triton.cdiv(y.shape[1], block_k))
-    permute_kernel[grid](
-        y, x, x.shape[0], x.shape[1], y.stride(0), x.stride(0), FORMAT=format, BLOCK_M=block_m, BLOCK_K=block_k
+    (s, k), stride_y, stride_x = x.shape, y.stride(0), x.stride(0)
+    _LAUNCH(
+        (x.dtype, x.device.index, format, k, stride_y, stride_x, (x.data_ptr() | y.data_ptr()) % 16),
+        (-(-s // block_m), -(-y.shape[1] // block_k), 1),
+        (y, x, s, k, stride_y, stride_x),
+        lambda: {"FORMAT": format, "BLOCK_M": block_m, "BLOCK_K": block_k},
+        4,
     )

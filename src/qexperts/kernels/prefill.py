@@ -3,7 +3,7 @@
 A program takes units of work, a tile of the schedule times a block of N, until none is left. A tile is at most 128
 rows of one expert and is computed in the smallest of the classes 16, 32, 64, 128 that holds its rows; the blocks of N
 of a tile are consecutive units, so that they share its rows of x in the cache. Reads the weights of active experts
-once a tile, writes every row of y: those past the sum of the counts become 0.
+once a tile; rows of y past the sum of the counts are zeroed by `schedule.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from ..plan import max_tiles
 from .config import PrefillConfig
 from .dequant import round_to
+from .launcher import Launcher
 from .operand import Operand
 from .tile import accumulate
 
@@ -43,6 +44,22 @@ def _store(y_ptr, acc, row, rows, first_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl
     tl.store(y_ptrs, round_to(tl.trans(acc), y_ptr.dtype.element_ty, PATH), mask=mask)
 
 
+@triton.jit
+def _tile(
+    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, row, rows, first_n, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+    FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PATH: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = accumulate(
+        acc, x_ptr + row.to(tl.int64) * stride_xm, w_ptr, s_ptr, z_ptr, rows, stride_xm, first_n,
+        0, tl.cdiv(K, BLOCK_K) * BLOCK_K, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
+        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, False, EVEN_K, BLOCK_K, STAGES, PATH,
+    )  # fmt: skip
+    _store(y_ptr, acc, row, rows, first_n, N, BLOCK_M, BLOCK_N, PATH)
+
+
 @triton.jit(do_not_specialize=["E", "MAX_TILES"])
 def prefill_kernel(
     y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, schedule_ptr, E, N, K, MAX_TILES,
@@ -66,21 +83,31 @@ def prefill_kernel(
         row = tl.load(tile_row_ptr + tile)
         rows = tl.load(tile_rows_ptr + tile)
         e = expert.to(tl.int64)
-        if expert >= E:
-            _store(y_ptr, tl.zeros((BLOCK_N, 128), tl.float32), row, rows, first_n, N, 128, BLOCK_N, PATH)
+        w, s, z = w_ptr + e * stride_we, s_ptr + e * stride_se, z_ptr + e * stride_se
+        if rows > 64:
+            _tile(
+                y_ptr, x_ptr, w, s, z, row, rows, first_n, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+                FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, 128, BLOCK_N, BLOCK_K, STAGES, PATH,
+            )  # fmt: skip
+        elif rows > 32:
+            _tile(
+                y_ptr, x_ptr, w, s, z, row, rows, first_n, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+                FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, 64, BLOCK_N, BLOCK_K, STAGES, PATH,
+            )  # fmt: skip
+        elif rows > 16:
+            _tile(
+                y_ptr, x_ptr, w, s, z, row, rows, first_n, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+                FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, 32, BLOCK_N, BLOCK_K, STAGES, PATH,
+            )  # fmt: skip
         else:
-            for c in tl.static_range(4):
-                BLOCK_M: tl.constexpr = 16 << c
-                if (rows <= BLOCK_M) & ((rows > BLOCK_M // 2) | (c == 0)):
-                    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    acc = accumulate(
-                        acc, x_ptr + row.to(tl.int64) * stride_xm, w_ptr + e * stride_we, s_ptr + e * stride_se,
-                        z_ptr + e * stride_se, rows, stride_xm, first_n, 0, tl.cdiv(K, BLOCK_K) * BLOCK_K, N, K,
-                        stride_wn, stride_wk, stride_sn, stride_sg,
-                        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, False, False, EVEN_K, BLOCK_K, STAGES, PATH,
-                    )  # fmt: skip
-                    _store(y_ptr, acc, row, rows, first_n, N, BLOCK_M, BLOCK_N, PATH)
+            _tile(
+                y_ptr, x_ptr, w, s, z, row, rows, first_n, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+                FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, 16, BLOCK_N, BLOCK_K, STAGES, PATH,
+            )  # fmt: skip
         unit = following
+
+
+_LAUNCH = Launcher(prefill_kernel)
 
 
 def launch(
@@ -88,10 +115,16 @@ def launch(
     path: str,
 ) -> None:  # fmt: skip
     """y: [S, N]; x: [S, K], permuted if w is public; schedule: of `schedule.py`."""
-    tiles = max_tiles(x.shape[0], E)
-    prefill_kernel[(min(programs, tiles * triton.cdiv(w.N, config.block_n)),)](
-        y, x, w.w, w.s, w.z, schedule, E, w.N, w.K, tiles, x.stride(0), *w.strides,
-        FORMAT=w.format, LAYOUT=w.layout, SCALE=w.scale, GROUP=w.group, SCALE_ROWS=w.scale_rows,
-        EVEN_K=w.K % config.block_k == 0, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.stages,
-        PATH=path, num_warps=config.warps,
-    )  # fmt: skip
+    tiles, stride = max_tiles(x.shape[0], E), x.stride(0)
+    constants = lambda: {  # noqa: E731
+        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
+        "EVEN_K": w.K % config.block_k == 0, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "STAGES": config.stages, "PATH": path,
+    }  # fmt: skip
+    _LAUNCH(
+        (w.key, x.dtype, y.dtype, stride, x.data_ptr() % 16, config),
+        (min(programs, tiles * -(-w.N // config.block_n)), 1, 1),
+        (y, x, w.w, w.s, w.z, schedule, E, w.N, w.K, tiles, stride, *w.strides),
+        constants,
+        config.warps,
+    )

@@ -1,7 +1,7 @@
 """Offsets and the tile schedule of a prefill, on the device: one small kernel, no host sync.
 
-Program e writes expert e's first row and its tiles; program E the tiles that zero the rows past the sum, the number
-of tiles, and the padding. A tile is at most 128 rows of one expert. What remains of an expert after tiles of 128 is
+Program e writes expert e's first row and its tiles, program E the number of tiles and the padding; together they zero
+the rows of the result past the sum of the counts. A tile is at most 128 rows of one expert. What remains of an expert after tiles of 128 is
 covered by tiles of the classes 16, 32, 64 and 128 rows (`tile_class`), two of them where that saves padding: a tile
 costs about its class, or as much as 32 rows, whichever is more, since its weights are dequantized all the same.
 
@@ -9,7 +9,7 @@ costs about its class, or as much as 32 rows, whichever is more, since its weigh
     classes                    16    32    64    64    64, 16   64, 32   128   128
 
 Everything is in one int32 buffer: the number of tiles, three counters of `prefill.py` (0), expert_offsets [E+1],
-tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class, the zeroing ones last. Index glossary: u 16-row units.
+tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class. Index glossary: u 16-row units.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..plan import max_tiles
+from .launcher import Launcher
 
 __all__ = ["launch", "size"]
 
@@ -36,7 +37,7 @@ def _classes(n):
 
 @triton.jit(do_not_specialize=["S", "E", "LIMIT", "MAX_TILES"])
 def schedule_kernel(
-    schedule_ptr, counts_ptr, S, E, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr
+    schedule_ptr, y_ptr, counts_ptr, S, E, N, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     offsets_ptr = schedule_ptr + 4
     tile_expert_ptr = offsets_ptr + E + 1
@@ -50,6 +51,10 @@ def schedule_kernel(
     ends = tl.minimum(sums, S).to(tl.int32)
     starts = tl.minimum(sums - counts, S).to(tl.int32)
     n128, n64, n32, n16 = _classes(ends - starts)
+    end = tl.max(ends, 0)
+    wanted = end >= 0
+    if CONDITION == 2:
+        wanted = tl.max(ends - starts, 0) > LIMIT
     before = offs_e < program
     total128, total64, total32 = tl.sum(n128, 0), tl.sum(n64, 0), tl.sum(n32, 0)
     if program < E:
@@ -59,9 +64,8 @@ def schedule_kernel(
         tl.store(offsets_ptr + program, start)
         k128, k64, k32, k16 = _classes(n)
         first = tl.sum(tl.where(before, n128, 0), 0)
-        lanes = tl.arange(0, 128)
         for i in range(0, k128, 128):
-            j = i + lanes
+            j = i + tl.arange(0, 128)
             tile = first + j
             tl.store(tile_expert_ptr + tile, program, mask=j < k128)
             tl.store(tile_row_ptr + tile, start + 128 * j, mask=j < k128)
@@ -86,24 +90,25 @@ def schedule_kernel(
             tl.store(tile_row_ptr + tile, row)
             tl.store(tile_rows_ptr + tile, left)
     else:
-        end = tl.max(ends, 0)
-        tl.store(offsets_ptr + E, end)
         tiles = total128 + total64 + total32 + tl.sum(n16, 0)
-        zeroing = (S - end + 127) // 128
-        number = tiles + zeroing
+        number = tiles
         if CONDITION == 2:
-            number = tl.where(tl.max(ends - starts, 0) > LIMIT, number, 0)
+            number = tl.where(wanted, tiles, 0)
         tl.store(schedule_ptr, number)
         for i in range(1, 4):
             tl.store(schedule_ptr + i, 0)  # the counters of `prefill.py`
-        lanes = tl.arange(0, 1024)
+        tl.store(offsets_ptr + E, end)
         for i in range(tiles, MAX_TILES, 1024):
-            tile = i + lanes
-            row = end + 128 * (tile - tiles)
-            used = tile < tiles + zeroing
-            tl.store(tile_expert_ptr + tile, tl.where(used, E, -1), mask=tile < MAX_TILES)
-            tl.store(tile_row_ptr + tile, tl.where(used, row, -1), mask=tile < MAX_TILES)
-            tl.store(tile_rows_ptr + tile, tl.where(used, tl.minimum(S - row, 128), -1), mask=tile < MAX_TILES)
+            t = i + tl.arange(0, 1024)
+            tl.store(tile_expert_ptr + t, -1, mask=t < MAX_TILES)
+            tl.store(tile_row_ptr + t, -1, mask=t < MAX_TILES)
+            tl.store(tile_rows_ptr + t, -1, mask=t < MAX_TILES)
+    if wanted:
+        for r in range(end + program, S, E + 1):
+            for i in range(0, N, 1024):
+                offs_n = i + tl.arange(0, 1024)
+                y_ptrs = y_ptr + tl.cast(r, tl.int64) * N + offs_n
+                tl.store(y_ptrs, tl.zeros((1024,), y_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 def size(total_tokens: int, num_experts: int) -> int:
@@ -111,10 +116,21 @@ def size(total_tokens: int, num_experts: int) -> int:
     return 4 + num_experts + 1 + 3 * max_tiles(total_tokens, num_experts)
 
 
-def launch(schedule: torch.Tensor, counts: torch.Tensor, total_tokens: int, limit: int, condition: int) -> None:
-    """schedule: [size]; int32. counts: [E]; int32 or int64. condition 2: no tiles if no expert passes limit rows."""
-    experts = counts.shape[0]
-    schedule_kernel[(experts + 1,)](
-        schedule, counts, total_tokens, experts, limit, max_tiles(total_tokens, experts),
-        CONDITION=condition, BLOCK_E=triton.next_power_of_2(experts),
-    )  # fmt: skip
+_LAUNCH = Launcher(schedule_kernel)
+
+
+def launch(
+    schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0
+) -> None:
+    """schedule: [size]; int32. y: [S, N], the result. counts: [E]; int32 or int64.
+
+    limit, condition: with condition 2, no tiles and nothing zeroed if no expert has more than limit rows.
+    """
+    (s, n), experts = y.shape, counts.shape[0]
+    _LAUNCH(
+        (y.dtype, y.device.index, counts.dtype, counts.data_ptr() % 16, n, experts, condition),
+        (experts + 1, 1, 1),
+        (schedule, y, counts, s, experts, n, limit, max_tiles(s, experts)),
+        lambda: {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts)},
+        4,
+    )

@@ -88,8 +88,8 @@ def _dot(a, x, acc, PATH: tl.constexpr):
 def accumulate(
     acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    AFTER: tl.constexpr, MASK_X: tl.constexpr, GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PATH: tl.constexpr,
+    MASK_X: tl.constexpr, GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PATH: tl.constexpr,
 ):  # fmt: skip
     """acc: [BLOCK_N, BLOCK_M]; f32.
 
@@ -99,7 +99,6 @@ def accumulate(
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0 for one group a row. SCALE_ROWS: consecutive n that share a scale.
-        AFTER: multiply by the scale after the sum over a block (one group a block at most), not before.
         GATHER_X: take columns of x by `slot_to_k`; otherwise, in the public layout, x has been permuted.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -134,7 +133,7 @@ def accumulate(
         w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
     if AHEAD or (ONE and GROUP == 0):
         offs = rows + _group(k_start, GROUP) * stride_sg
-        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
         if EVEN_K and not MASK_X:
             x = tl.load(x_ptr + k + offs_x)
@@ -155,10 +154,10 @@ def accumulate(
                 elif AHEAD:
                     scale, zero = next_s, next_z
                     offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
-                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
                 else:
                     offs = rows + _group(k, GROUP) * stride_sg
-                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, AFTER)
+                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
                 s0, z0 = scale[:, None, None, None], zero[:, None, None, None]
                 s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
             else:
@@ -177,7 +176,7 @@ def accumulate(
                         offs = rows_4 + _step_groups(k, 3, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
                         s3, z3 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
             w = tl.reshape(w, (BLOCK_N, B, 4, J))
-            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, not AFTER, WIDE)
+            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, WIDE)
         else:
             if EVEN_K:
                 a = tl.load(w_ptrs + k * stride_wk)
@@ -188,10 +187,5 @@ def accumulate(
                 offs = rows[:, None] + _group(tl.minimum(k + offs_k, K - 1), GROUP)[None, :] * stride_sg
                 s, z = _operands(s_ptr, z_ptr, offs, FORMAT, False, SCALE, DTYPE, "portable", True)
                 a = round_to(code_value(word, z, 0, FORMAT) * s, DTYPE, PATH)
-        if AFTER and GROUP > 0:
-            acc += _dot(a, x, tl.zeros_like(acc), PATH) * scale[:, None]
-        else:
-            acc = _dot(a, x, acc, PATH)
-    if AFTER and GROUP == 0:
-        acc = acc * next_s[:, None]
+        acc = _dot(a, x, acc, PATH)
     return acc

@@ -1,0 +1,125 @@
+"""Provider "fused": the strategies, and the public calls, on kernels that read the packed weights."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from ..backends import Problem, explain, select, triton_backend
+from ..formats import QuantWeight
+from ..ops import grouped_gemm, moe, prepare
+from ..plan import TokenPlan
+from ..strategies import Schedule, Step, Strategy, Take
+from ..testing import Inputs
+from .candidates import Candidate
+from .providers import Bound
+from .workloads import Workload
+
+__all__ = ["BACKEND", "FusedProvider"]
+
+BACKEND = "triton"
+
+
+class FusedProvider:
+    """Kernels of the backend "triton". The prepared copy of the weight is made once."""
+
+    def __init__(self, workload: Workload, tensors: Inputs) -> None:
+        self._t = tensors
+        self._prepared: QuantWeight | None = None
+
+    def refuse(self, candidate: Candidate) -> str | None:
+        answer = next(a for a in explain(self._problem(candidate, self._t.weight)) if a.backend == BACKEND)
+        if not answer.ok:
+            return answer.reason
+        if candidate.layout == "prepared":
+            return triton_backend.no_layout(self._t.weight)
+        chosen = select(self._problem(candidate, self._t.weight)).name
+        if candidate.api == "wrapper" and chosen != BACKEND:
+            return f"moe() takes the backend {chosen} here"
+        return None
+
+    def plan(self, candidate: Candidate) -> Callable[[], object] | None:
+        strategy = candidate.strategy
+        if strategy is None or candidate.api != "raw":
+            return None
+
+        def plan() -> None:
+            self._tables(self._schedule(strategy))
+
+        return plan
+
+    def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
+        weight = self._weight(candidate)
+        config = _config(candidate, weight, self._t.x.shape[0])
+        if candidate.api == "wrapper":
+            return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
+        if candidate.strategy is None:
+            return self._bind_auto(candidate, weight, take)
+        schedule = self._schedule(candidate.strategy)
+        x, permute = self._t.x, None
+        if candidate.phase == "prefill":
+            x, permute = triton_backend.permuted(weight, x, take)
+        gemm = triton_backend.PackedGemm(weight, take, self._tables(schedule), candidate.phase or "prefill")
+        out = None if schedule.grouped else take((x.shape[0], weight.N), x.dtype)
+        bound = schedule.bind(x, gemm, out, take)
+        counts = bound.counts + Counter([permute.kind] if permute else [])
+        run = bound if permute is None else functools.partial(_after, permute, bound)
+        made = bound.only("schedule") if schedule.grouped else None
+        return Bound(run, counts, schedule.padded_rows, schedule=made, config=config)
+
+    def _bind_auto(self, candidate: Candidate, weight: QuantWeight, take: Take) -> Bound:
+        """The backend's own choice by the counts, its result written in place; scratch is the package's."""
+        t = self._t
+        y = take((t.x.shape[0], weight.N), t.x.dtype)
+        problem = self._problem(candidate, weight)
+
+        def run() -> torch.Tensor:
+            triton_backend.run_into(problem, y, t.x, weight, t.counts)
+            return y
+
+        return Bound(run, Counter(), None, uses_scratch=False, config=_config(candidate, weight, t.x.shape[0]))
+
+    def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
+        t, w, fmt = self._t, weight, weight.format
+        if candidate.layout == "prepared":
+            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), backend=BACKEND)
+        options = {
+            "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
+            "asym": fmt.asym, "phase": candidate.phase,
+        }  # fmt: skip
+        return lambda: moe(t.x, w.codes, t.counts, **options)
+
+    def _problem(self, candidate: Candidate, weight: QuantWeight) -> Problem:
+        return Problem.of("bench", self._t.x, weight, phase=candidate.phase or "auto")
+
+    def _schedule(self, strategy: Strategy) -> Schedule:
+        return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
+
+    def _tables(self, schedule: Schedule) -> triton_backend.TileTables | None:
+        """None for one grouped launch: its schedule is made on the device, inside the clock."""
+        return None if schedule.grouped else triton_backend.TileTables(schedule, self._t.weight.E)
+
+    def _weight(self, candidate: Candidate) -> QuantWeight:
+        if candidate.layout == "public":
+            return self._t.weight
+        if self._prepared is None:
+            self._prepared = prepare(self._t.weight, BACKEND, keep_source=True)
+        return self._prepared
+
+
+def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    first.run()
+    return run()
+
+
+def _config(candidate: Candidate, weight: QuantWeight, rows: int) -> str:
+    phase = candidate.phase
+    parts = []
+    if phase != "decode":
+        parts.append(triton_backend.prefill_config_of(weight))
+    if phase != "prefill":
+        parts.append(triton_backend.decode_config_of(weight, rows))
+    return f"{BACKEND}: {', '.join(map(repr, parts))}"

@@ -1,0 +1,297 @@
+"""A whole layer of experts, composed of the public operations: gather, grouped GEMM, gate, grouped GEMM, combine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .formats import QuantWeight
+from .ops import check_activations, grouped_gemm, prepare
+from .plan import TokenPlan
+
+__all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "fused_experts"]
+
+Activation = str | Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda t: F.relu(t).square(),
+}
+
+
+def fused_experts(
+    x: torch.Tensor,
+    w_gate_up: QuantWeight,
+    w_down: QuantWeight,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    activation: Activation = "silu",
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The experts of a Mixture-of-Experts layer on the tokens that a router sends them.
+
+        h = x[t] @ w_gate_up[e].T + gate_up_bias[e]                 e = expert_ids[t, j]
+        y = (act(h[:I]) * h[I:]) @ w_down[e].T + down_bias[e]       ungated: act(h); callable: activation(h)
+        out[t] = sum over j of expert_weights[t, j] * y
+
+    Args:
+        x: [T, H]; bf16 or fp16, on the CPU also fp32; any row stride.
+        w_gate_up: E matrices [2I, H], gate block first, or [I, H] for experts without a gate.
+        w_down: E matrices [H, I].
+        expert_ids: [T, top_k]; int32 or int64. Ids outside 0..E-1 (sentinels of expert parallelism) contribute
+            exactly nothing, whatever their weight is.
+        expert_weights: [T, top_k]; fp32, bf16 or fp16.
+        activation: a name from `ACTIVATIONS`, or a function of all of h: [S, 2I] (or [S, I]) -> [S, I], which also
+            sees rows of sentinels.
+        gate_up_bias, down_bias: [E, 2I] (or [E, I]) and [E, H]; dtype of x; finite.
+        backend: as for `grouped_gemm`.
+    Returns: [T, H]; dtype of x. Each step before the last is rounded to the dtype of x, as a loop over experts in
+        torch does it; the weighted sum is taken in fp32, in the order of the slots, and rounded once.
+    Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
+
+    Deterministic, forward and backward. Differentiable with respect to x and expert_weights. Synchronisation and CUDA
+    graphs as `grouped_gemm`.
+    """
+    where, experts = "fused_experts", w_gate_up.E
+    x = check_activations(where, x, w_gate_up.K, w_gate_up.device)
+    _check_weights(where, w_gate_up, w_down, activation, gate_up_bias, down_bias, x.dtype)
+    _check_routing(where, x, expert_ids, expert_weights)
+    tokens, top_k = expert_ids.shape
+    plan = TokenPlan.from_expert_ids(expert_ids, experts)
+    assert plan.row_to_slot is not None and plan.slot_to_row is not None and plan.row_to_token is not None
+    row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, experts - 1)
+
+    if torch.is_grad_enabled() and x.requires_grad:  # the gradient of a repetition is a sum in a fixed order
+        rows = x.repeat_interleave(top_k, 0).index_select(0, plan.row_to_slot)
+    else:
+        rows = x.index_select(0, plan.row_to_token)
+    h = grouped_gemm(rows, w_gate_up, plan, backend=backend)
+    if gate_up_bias is not None:
+        h = h + gate_up_bias.index_select(0, row_expert)
+    h = _activate(where, h, activation, w_down.K)
+    y = grouped_gemm(h, w_down, plan, backend=backend)
+    if down_bias is not None:
+        y = y + down_bias.index_select(0, row_expert)
+    y = y.index_select(0, plan.slot_to_row).view(tokens, top_k, w_down.N)
+    weights = torch.where((expert_ids >= 0) & (expert_ids < experts), expert_weights.float(), 0.0)
+    return (y * weights[..., None]).sum(1).to(x.dtype)
+
+
+class QuantExperts(nn.Module):
+    """`fused_experts` as a module with frozen weights, called as the experts of transformers are.
+
+    Its parameters are the tensors of the two weights, not copies (int4 codes are uint8, and none requires a gradient),
+    and the biases. `.to(device)` moves all of them; a cast (`.half()`, `.to(dtype)`) reaches the biases only. A state
+    dict records formats and layouts, and one of another format or layout is refused before anything is loaded.
+
+    Args:
+        w_gate_up, w_down, activation, gate_up_bias, down_bias, backend: as for `fused_experts`.
+    """
+
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        w_gate_up: QuantWeight,
+        w_down: QuantWeight,
+        activation: Activation = "silu",
+        *,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_weights("QuantExperts", w_gate_up, w_down, activation, gate_up_bias, down_bias, None)
+        self.gate_up_proj = QuantProjection(w_gate_up)
+        self.down_proj = QuantProjection(w_down)
+        self.register_parameter("gate_up_bias", _frozen(gate_up_bias))
+        self.register_parameter("down_bias", _frozen(down_bias))
+        self.activation = activation
+        self.backend = backend
+
+    @property
+    def gate_up(self) -> QuantWeight:
+        """The weight over the present parameters: [E, 2I, H]."""
+        return self.gate_up_proj.weight()
+
+    @property
+    def down(self) -> QuantWeight:
+        """The weight over the present parameters: [E, H, I]."""
+        return self.down_proj.weight()
+
+    def prepare(self, backend: str | None = None) -> QuantExperts:
+        """Bring both weights into the layout in which a backend runs fastest (default: the module's own), in place.
+
+        The codes are permuted where they lie: a `QuantWeight` that shares them must not be used any more.
+        Returns: self.
+        """
+        for projection in (self.gate_up_proj, self.down_proj):
+            projection.hold(prepare(projection.weight(), self.backend if backend is None else backend))
+        return self
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states."""
+        out = fused_experts(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            self.gate_up,
+            self.down,
+            top_k_index.reshape(-1, top_k_index.shape[-1]),
+            top_k_weights.reshape(-1, top_k_weights.shape[-1]),
+            self.activation,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+            backend=self.backend,
+        )
+        return out.view(hidden_states.shape)
+
+
+class QuantProjection(nn.Module):
+    """Keeps one `QuantWeight` as parameters `codes`, `scales` and `zeros`, whose dtypes never change."""
+
+    codes: nn.Parameter
+    scales: nn.Parameter | None
+    zeros: nn.Parameter | None
+
+    def __init__(self, weight: QuantWeight) -> None:
+        super().__init__()
+        self.hold(weight)
+
+    def hold(self, weight: QuantWeight) -> None:
+        """Replace the parameters by the tensors of another weight."""
+        for name in ("codes", "scales", "zeros"):
+            self.register_parameter(name, _frozen(getattr(weight, name)))
+        self.format = weight.format.name
+        self.group_size, self.scale_layout = weight.group_size, weight.scale_layout
+        self.weight_layout, self.scale_dtype = weight.weight_layout, weight.scale_dtype
+
+    def weight(self) -> QuantWeight:
+        return QuantWeight(
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.format,  # type: ignore[arg-type]
+            self.group_size,
+            self.scale_layout,
+            self.weight_layout,
+            self.scale_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return repr(self.weight())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        scale_dtype = None if self.scale_dtype is None else str(self.scale_dtype).removeprefix("torch.")
+        names = ("format", "group_size", "scale_layout", "weight_layout")
+        return {name: getattr(self, name) for name in names} | {"scale_dtype": scale_dtype}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        own = self.get_extra_state()
+        if state != own:
+            raise ValueError(
+                f"QuantExperts.load_state_dict: the state holds a weight with {state}; this module has {own}. Make the "
+                f"module from a weight of that kind; prepare() it after loading, unless the state was saved prepared."
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}_extra_state" in state_dict:  # torch looks at it last, when the parameters are overwritten
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantProjection:
+        def move(t: torch.Tensor) -> torch.Tensor:
+            probe = fn(t.new_empty(0))
+            return fn(t) if probe.dtype == t.dtype else t.to(probe.device)
+
+        return super()._apply(move, recurse)
+
+
+def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:
+    return None if t is None else nn.Parameter(t.detach(), requires_grad=False)
+
+
+def _activate(where: str, h: torch.Tensor, activation: Activation, columns: int) -> torch.Tensor:
+    if callable(activation):
+        out = activation(h)
+        if out.shape != (h.shape[0], columns) or out.dtype != h.dtype:
+            raise ValueError(
+                f"{where}: activation returned {tuple(out.shape)} {out.dtype}; expected [S, I] = "
+                f"{(h.shape[0], columns)} {h.dtype}, the input of w_down."
+            )
+        return out
+    act = ACTIVATIONS[activation]
+    if h.shape[1] == columns:
+        return act(h)
+    gate, up = h.chunk(2, -1)
+    return act(gate) * up
+
+
+def _check_weights(
+    where: str,
+    w_gate_up: QuantWeight,
+    w_down: QuantWeight,
+    activation: Activation,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """dtype: of the biases; None for any."""
+    e, n, h, i = w_gate_up.E, w_gate_up.N, w_gate_up.K, w_down.K
+    if (e, h) != (w_down.E, w_down.N) or w_down.device != w_gate_up.device:
+        raise ValueError(
+            f"{where}: w_down is {(w_down.E, w_down.N, i)} on {w_down.device}; expected [E, H, I] = ({e}, {h}, I) on "
+            f"{w_gate_up.device} for w_gate_up {(e, n, h)}."
+        )
+    if not callable(activation):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{where}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}, or a function "
+                f"[S, {n}] -> [S, {i}]."
+            )
+        if n != i and n != 2 * i:  # `in` would fail on symbolic sizes
+            raise ValueError(
+                f"{where}: w_gate_up is {(e, n, h)}, w_down {(e, h, i)}; expected [E, 2I, H], or [E, I, H] without a "
+                f"gate, with I={i} from w_down. Anything else needs a function as activation."
+            )
+    for name, bias, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
+        if bias is None:
+            continue
+        if tuple(bias.shape) != shape or bias.device != w_gate_up.device or bias.dtype != (dtype or bias.dtype):
+            raise ValueError(
+                f"{where}: {name} is {tuple(bias.shape)} {bias.dtype} on {bias.device}; expected {shape} on "
+                f"{w_gate_up.device} in the dtype of x."
+            )
+
+
+def _check_routing(where: str, x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
+    # sizes are formatted inside the raise only: under torch.compile that makes them constants
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0] or expert_ids.shape[1] < 1:
+        raise ValueError(
+            f"{where}: expert_ids is {tuple(expert_ids.shape)}; expected [T, top_k] with T={x.shape[0]}, as x, "
+            f"and top_k >= 1."
+        )
+    if expert_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{where}: expert_ids is {expert_ids.dtype}; expected int32 or int64.")
+    if expert_weights.shape != expert_ids.shape:
+        raise ValueError(
+            f"{where}: expert_weights is {tuple(expert_weights.shape)}; expected {tuple(expert_ids.shape)}, one for "
+            f"each of expert_ids."
+        )
+    if expert_weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{where}: expert_weights is {expert_weights.dtype}; expected fp32, bf16 or fp16.")
+    for name, t in (("expert_ids", expert_ids), ("expert_weights", expert_weights)):
+        if t.device != x.device:
+            raise ValueError(f"{where}: {name} is on {t.device}, x on {x.device}; put all tensors on one device.")
