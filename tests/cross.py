@@ -236,12 +236,12 @@ def full_matrix() -> list[Build]:
         builds += [
             Build("permute", target, fmt, "public", dtype, dtype) for fmt in ("int8_sym", "int4_sym", "int2_sym")
         ]
+        for fmt, layout in itertools.product(QUANTIZED, ("tiles", "public")):
+            builds.append(Build("decode", target, fmt, layout, dtype, dtype, many=True))
         for kernel in ("prefill", "decode", "decode-split"):
             builds += [Build(kernel, target, dtype, layout, dtype, dtype) for layout in ("strided", "transposed")]
             for fmt, layout in itertools.product(QUANTIZED, ("tiles", "public")):
                 builds.append(Build(kernel, target, fmt, layout, dtype, dtype))
-        for fmt, layout in itertools.product(QUANTIZED, ("tiles", "public")):
-            builds.append(Build("decode", target, fmt, layout, dtype, dtype, many=True))
             for fmt in ("int8_sym", "fp8_e4m3", "fp8_e5m2"):
                 builds.append(Build(kernel, target, fmt, "transposed", dtype, dtype))
     for target, kernel, fmt in itertools.product(("sm_90", "gfx942"), ("prefill", "decode"), QUANTIZED):

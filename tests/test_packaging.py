@@ -161,7 +161,8 @@ def test_one_version() -> None:
 
 
 def test_sizes() -> None:
-    """No file over 600 lines, no function over 60, no call with more than 10 parameters."""
+    """No file over 600 lines, no function over 60, no call with more than 10 parameters (but of device code, which can
+    pass no records)."""
     wrong = []
     for path in FILES:
         source, name = path.read_text(), path.relative_to(SRC)
@@ -173,7 +174,8 @@ def test_sizes() -> None:
             where = f"{name}:{node.lineno} {node.name}"
             if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60:
                 wrong.append(f"{where}: {lines} lines; 60 are allowed")
-            if (count := parameter_count(node.args)) > 10 and node.name not in MANY_PARAMETERS:
+            device_code = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if (count := parameter_count(node.args)) > 10 and node.name not in MANY_PARAMETERS and not device_code:
                 wrong.append(f"{where}: {count} parameters; 10 are allowed")
     assert not wrong, "\n".join(wrong)
 

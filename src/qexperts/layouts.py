@@ -78,8 +78,8 @@ def _bytes(fields: torch.Tensor, bits: int) -> torch.Tensor:
 def to_tiles(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """Codes of one expert, public -> tiles: [N, K / codes_per_byte]; storage dtype of the format; a new tensor."""
     raw, inner = codes.view(torch.uint8), 8 // fmt.bits  # steps of 16 k in a word
-    t = _fields(raw, fmt.bits).view(len(raw) // TILE_N, TILE_N, -1, 4 // inner, inner, 2, 4, 2)  # n, r, b, j, s, h, q, p
-    t = t.permute(0, 2, 1, 6, 3, 7, 4, 5).flatten(2)  # n, b, then r, q, j, p, s, h
+    t = _fields(raw, fmt.bits).view(len(raw) // TILE_N, TILE_N, -1, 4 // inner, inner, 2, 4, 2)
+    t = t.permute(0, 2, 1, 6, 3, 7, 4, 5).flatten(2)  # n, r, b, j, s, h, q, p -> n, b, then r, q, j, p, s, h
     return _bytes(t, fmt.bits).view(codes.shape).view(codes.dtype)
 
 

@@ -299,7 +299,17 @@ def _kind(call: PackedCall, manner: Manner) -> tuple[object, ...] | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
     kinds = [(t.dtype, t.shape, t.stride(), t.device) for t in tensors[1:]]
-    return (manner, *options, scales is None, weights.data_ptr() % 16, x.dtype, x.shape[1], x.stride(), x.device, *kinds)
+    return (
+        manner,
+        *options,
+        scales is None,
+        weights.data_ptr() % 16,
+        x.dtype,
+        x.shape[1],
+        x.stride(),
+        x.device,
+        *kinds,
+    )
 
 
 def _phase(plan: TokenPlan, phase: str, decode_threshold: int) -> str:

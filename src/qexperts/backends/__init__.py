@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -111,6 +113,7 @@ class Backend:
         run: problem; x [S, K] or, backward, [S, N]; weight; plan -> result.
         layout: of weights prepared for it; "public" if it has none of its own.
         no_layout: public weight -> why it stays as it is, or None.
+        devices: types it is made for: there `auto` says once why it is skipped.
         bind: problem and weight -> run for other tensors of the same kind, of any S, with the least host work.
     """
 
@@ -120,6 +123,7 @@ class Backend:
     layout: str = "public"
     no_layout: Callable[[QuantWeight], str | None] = lambda weight: None
     bind: Callable[[Problem, QuantWeight], Call] | None = None
+    devices: tuple[str, ...] = ()
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -134,6 +138,7 @@ BACKENDS: Mapping[str, Backend] = {
         triton_backend.LAYOUT,
         triton_backend.no_layout,
         triton_backend.bind,
+        triton_backend.DEVICES,
     ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }
@@ -152,6 +157,11 @@ def explain(problem: Problem) -> list[Answer]:
     return [backend.answer(problem) for backend in BACKENDS.values()]
 
 
+@functools.cache
+def _say_skipped(name: str, reason: str) -> None:
+    warnings.warn(f"qexperts: backend {name} is skipped: {reason}.", RuntimeWarning, stacklevel=5)
+
+
 def select(problem: Problem, backend: str = "auto") -> Backend:
     """The backend that runs the problem.
 
@@ -165,6 +175,9 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
     else:
         raise ValueError(f"{problem.where}: backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}.")
     for candidate in candidates:
-        if candidate.supports(problem)[0] is None:
+        reason = candidate.supports(problem)[0]
+        if reason is None:
             return candidate
+        if backend == "auto" and problem.device.type in candidate.devices and not problem.backward:
+            _say_skipped(candidate.name, reason)
     raise UnsupportedError(problem.where, str(problem), {c.name: c.supports(problem)[0] or "" for c in candidates})

@@ -27,22 +27,20 @@ if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "LAYOUT", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout", "permuted", "prefill_config_of",
-    "run", "run_into", "supports",
+    "DEVICES", "LAYOUT", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout",
+    "permuted", "prefill_config_of", "run", "run_into", "supports",
 ]  # fmt: skip
 
 LAYOUT = "tiles"
 GROUPS = (16, 32, 64, 128, 256)
 MAX_EXPERTS = 4096  # each program holds all counts
-_DEVICES = ("cuda", "xpu")
+DEVICES = ("cuda", "xpu")
 
 
 @functools.cache
 def _interpreted() -> bool:
     """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return bool(importlib.import_module("triton.knobs").runtime.interpret)
 
 
 @functools.cache
@@ -68,7 +66,7 @@ def _processors(device: torch.device) -> int:
 def _no_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and installed() and _interpreted():
         return None
-    if device.type not in _DEVICES:
+    if device.type not in DEVICES:
         return f"runs on GPUs; tensors are on {device}"
     if not installed():
         return "Triton is not installed: pip install 'qexperts[triton]'"
@@ -118,9 +116,7 @@ def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan)
     return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
 
 
-Call = Callable[
-    [torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor
-]
+Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
 
 
 def bind(problem: Problem, weight: QuantWeight) -> Call:
@@ -156,9 +152,7 @@ def _phases(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: 
         phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
     if phase == "prefill":
         _prefill(problem, y, x, w, counts, 0)
-    elif phase == "decode":
-        _decode(problem, y, x, w, counts, 0)
-    elif _nvidia(x.device) and _plan_decode(x, w, counts)[1] == 1:
+    elif phase == "decode" or (_nvidia(x.device) and _plan_decode(x, w, counts)[1] == 1):
         _decode(problem, y, x, w, counts, 0)
     elif _nvidia(x.device):
         _decode(problem, y, x, w, counts, 1)

@@ -53,8 +53,9 @@ def decode_kernel(
     y_ptr, part_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr,
     S, E, N, K, PART_BLOCKS, LIMIT, stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PATH: tl.constexpr,
 ):  # fmt: skip
     if LAYOUT != "strided":
         w_ptr = w_ptr.to(tl.pointer_type(tl.int32))
@@ -71,7 +72,7 @@ def decode_kernel(
             stop = tl.minimum(start + tl.sum(tl.where(offs_e == expert, counts, 0), 0), S).to(tl.int32)
             row = tl.minimum(start, S).to(tl.int32)
             e = expert.to(tl.int64)
-            # products with BLOCK_K last, so that the compiler sees what they are multiples of and loads 16 bytes at once
+            # multiplied by BLOCK_K last: the compiler must see the multiple of 16 to copy 16 bytes at once
             k_start = part * PART_BLOCKS * BLOCK_K
             k_stop = tl.minimum((part + 1) * PART_BLOCKS, tl.cdiv(K, BLOCK_K)) * BLOCK_K
             for first in range(row, stop, BLOCK_M):

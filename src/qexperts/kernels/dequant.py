@@ -22,7 +22,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["code_bits", "code_value", "dequant_words", "is_asym", "round_to", "scale_operand", "slot_to_k", "zero_operand"]
+__all__ = [
+    "code_bits",
+    "code_value",
+    "dequant_words",
+    "is_asym",
+    "round_to",
+    "scale_operand",
+    "slot_to_k",
+    "zero_operand",
+]
 
 
 @triton.constexpr_function
@@ -157,7 +166,7 @@ def is_asym(fmt: str) -> bool:
 @triton.jit
 def round_to(v, DTYPE: tl.constexpr, PATH: tl.constexpr):
     """fp32 -> DTYPE, to nearest even. The interpreter truncates to bf16, so there it is done by hand."""
-    if PATH == "interpreter" and DTYPE == tl.bfloat16:
+    if PATH == "interpreter" and tl.bfloat16 == DTYPE:
         bits = v.to(tl.uint32, bitcast=True)
         v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return v.to(DTYPE)
@@ -219,7 +228,7 @@ def zero_operand(v, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PATH: tl.constexp
     """A loaded zero point as `dequant_words` wants it: what PTX adds to the code under its exponent."""
     v = v.to(tl.float32)
     if PATH == "ptx":
-        if DTYPE == tl.float16:
+        if tl.float16 == DTYPE:
             v = _twice(-1024 - v, DTYPE)
         elif FORMAT == "int8_asym":
             v = _twice(128 - v, DTYPE)

@@ -1,15 +1,16 @@
 """Offsets and the tile schedule of a prefill, on the device: one small kernel, no host sync.
 
 Program e writes expert e's first row and its tiles, program E the number of tiles and the padding; together they zero
-the rows of the result past the sum of the counts. A tile is at most 128 rows of one expert. What remains of an expert after tiles of 128 is
-covered by tiles of the classes 16, 32, 64 and 128 rows (`tile_class`), two of them where that saves padding: a tile
-costs about its class, or as much as 32 rows, whichever is more, since its weights are dequantized all the same.
+the rows of the result past the sum of the counts. A tile is at most 128 rows of one expert. What remains of an expert
+after tiles of 128 is covered by tiles of 16, 32, 64 or 128 rows, two of them where that saves padding: a tile costs
+about its class, but no less than one of 32 rows, since its weights are dequantized all the same.
 
     16-row units that remain   1     2     3     4     5        6        7     8
     classes                    16    32    64    64    64, 16   64, 32   128   128
 
 Everything is in one int32 buffer: the number of tiles, three counters of `prefill.py` (0), expert_offsets [E+1],
-tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class. Index glossary: u 16-row units.
+tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class.
+Index glossary: u 16-row units.
 """
 
 from __future__ import annotations
@@ -35,14 +36,41 @@ def _classes(n):
     return n128, n64, n32, n16
 
 
+@triton.jit
+def _put(tiles_ptr, MAX_TILES, tile, expert, row, rows, mask):
+    tl.store(tiles_ptr + tile, expert, mask=mask)
+    tl.store(tiles_ptr + MAX_TILES + tile, row, mask=mask)
+    tl.store(tiles_ptr + 2 * MAX_TILES + tile, rows, mask=mask)
+
+
+@triton.jit
+def _put_tiles(tiles_ptr, MAX_TILES, before, n128, n64, n32, n16, expert, start, n):
+    """The tiles of one expert; before: [BLOCK_E], the experts ahead of it."""
+    k128, k64, k32, k16 = _classes(n)
+    first = tl.sum(tl.where(before, n128, 0), 0)
+    for i in range(0, k128, 128):
+        j = i + tl.arange(0, 128)
+        _put(tiles_ptr, MAX_TILES, first + j, expert, start + 128 * j, tl.minimum(n - 128 * j, 128), j < k128)
+    row = start + n // 128 * 128
+    left = n % 128
+    of_64 = tl.sum(n128, 0)
+    of_32 = of_64 + tl.sum(n64, 0)
+    of_16 = of_32 + tl.sum(n32, 0)
+    _put(
+        tiles_ptr, MAX_TILES, of_64 + tl.sum(tl.where(before, n64, 0), 0), expert, row, tl.minimum(left, 64), k64 > 0
+    )  # fmt: skip
+    row += 64 * k64
+    left -= 64 * k64
+    _put(tiles_ptr, MAX_TILES, of_32 + tl.sum(tl.where(before, n32, 0), 0), expert, row, left, k32 > 0)
+    _put(tiles_ptr, MAX_TILES, of_16 + tl.sum(tl.where(before, n16, 0), 0), expert, row, left, k16 > 0)
+
+
 @triton.jit(do_not_specialize=["S", "E", "LIMIT", "MAX_TILES"])
 def schedule_kernel(
     schedule_ptr, y_ptr, counts_ptr, S, E, N, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     offsets_ptr = schedule_ptr + 4
-    tile_expert_ptr = offsets_ptr + E + 1
-    tile_row_ptr = tile_expert_ptr + MAX_TILES
-    tile_rows_ptr = tile_row_ptr + MAX_TILES
+    tiles_ptr = offsets_ptr + E + 1
     program = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
@@ -55,42 +83,14 @@ def schedule_kernel(
     wanted = end >= 0
     if CONDITION == 2:
         wanted = tl.max(ends - starts, 0) > LIMIT
-    before = offs_e < program
-    total128, total64, total32 = tl.sum(n128, 0), tl.sum(n64, 0), tl.sum(n32, 0)
     if program < E:
         mine = offs_e == program
         start = tl.sum(tl.where(mine, starts, 0), 0)
         n = tl.sum(tl.where(mine, ends, 0), 0) - start
         tl.store(offsets_ptr + program, start)
-        k128, k64, k32, k16 = _classes(n)
-        first = tl.sum(tl.where(before, n128, 0), 0)
-        for i in range(0, k128, 128):
-            j = i + tl.arange(0, 128)
-            tile = first + j
-            tl.store(tile_expert_ptr + tile, program, mask=j < k128)
-            tl.store(tile_row_ptr + tile, start + 128 * j, mask=j < k128)
-            tl.store(tile_rows_ptr + tile, tl.minimum(n - 128 * j, 128), mask=j < k128)
-        row = start + n // 128 * 128
-        left = n % 128
-        if k64 > 0:
-            tile = total128 + tl.sum(tl.where(before, n64, 0), 0)
-            tl.store(tile_expert_ptr + tile, program)
-            tl.store(tile_row_ptr + tile, row)
-            tl.store(tile_rows_ptr + tile, tl.minimum(left, 64))
-            row += 64
-            left -= 64
-        if k32 > 0:
-            tile = total128 + total64 + tl.sum(tl.where(before, n32, 0), 0)
-            tl.store(tile_expert_ptr + tile, program)
-            tl.store(tile_row_ptr + tile, row)
-            tl.store(tile_rows_ptr + tile, left)
-        if k16 > 0:
-            tile = total128 + total64 + total32 + tl.sum(tl.where(before, n16, 0), 0)
-            tl.store(tile_expert_ptr + tile, program)
-            tl.store(tile_row_ptr + tile, row)
-            tl.store(tile_rows_ptr + tile, left)
+        _put_tiles(tiles_ptr, MAX_TILES, offs_e < program, n128, n64, n32, n16, program, start, n)
     else:
-        tiles = total128 + total64 + total32 + tl.sum(n16, 0)
+        tiles = tl.sum(n128 + n64 + n32 + n16, 0)
         number = tiles
         if CONDITION == 2:
             number = tl.where(wanted, tiles, 0)
@@ -100,9 +100,7 @@ def schedule_kernel(
         tl.store(offsets_ptr + E, end)
         for i in range(tiles, MAX_TILES, 1024):
             t = i + tl.arange(0, 1024)
-            tl.store(tile_expert_ptr + t, -1, mask=t < MAX_TILES)
-            tl.store(tile_row_ptr + t, -1, mask=t < MAX_TILES)
-            tl.store(tile_rows_ptr + t, -1, mask=t < MAX_TILES)
+            _put(tiles_ptr, MAX_TILES, t, -1, -1, -1, t < MAX_TILES)
     if wanted:
         for r in range(end + program, S, E + 1):
             for i in range(0, N, 1024):
@@ -119,9 +117,7 @@ def size(total_tokens: int, num_experts: int) -> int:
 _LAUNCH = Launcher(schedule_kernel)
 
 
-def launch(
-    schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0
-) -> None:
+def launch(schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0) -> None:
     """schedule: [size]; int32. y: [S, N], the result. counts: [E]; int32 or int64.
 
     limit, condition: with condition 2, no tiles and nothing zeroed if no expert has more than limit rows.

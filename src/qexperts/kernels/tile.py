@@ -51,18 +51,18 @@ def _step_groups(k, s, K, FORMAT: tl.constexpr, PUBLIC: tl.constexpr, GROUP: tl.
 @triton.jit
 def _operands(
     s_ptr, z_ptr, offs, FORMAT: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
-    PATH: tl.constexpr, PLAIN: tl.constexpr,
+    PATH: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero operands at offsets of any shape. PLAIN: the scale as fp32."""
+    """Scale and zero operands at offsets of any shape."""
     ASYM: tl.constexpr = is_asym(FORMAT)
     word = tl.load(s_ptr + offs)
-    if not TILES or SCALE == tl.float32:
-        s = word.to(tl.float32) if PLAIN else scale_operand(word, DTYPE, PATH)
+    if not TILES or tl.float32 == SCALE:
+        s = scale_operand(word, DTYPE, PATH)
         z = s
         if ASYM:
             z = zero_operand(tl.load(z_ptr + offs), FORMAT, DTYPE, PATH)
     else:  # low half the scale; high half the zero, or the scale again
-        if PLAIN or PATH != "ptx" or SCALE != DTYPE:
+        if PATH != "ptx" or SCALE != DTYPE:
             s = (word & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
         elif ASYM:
             s = (word & 0xFFFF) | (word << 16)
@@ -72,6 +72,79 @@ def _operands(
         if ASYM:
             z = zero_operand((word >> 16).to(tl.int16).to(SCALE, bitcast=True), FORMAT, DTYPE, PATH)
     return s, z
+
+
+@triton.jit
+def _step_operands(
+    s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero operands of the steps in a word, where a block of weights has several groups."""
+    TILES: tl.constexpr = LAYOUT == "tiles"
+    BITS: tl.constexpr = code_bits(FORMAT)
+    rows = rows[:, None, None, None]
+    offs = rows + _step_groups(k, 0, K, FORMAT, not TILES, GROUP, BLOCK_K) * stride_sg
+    s0, z0 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+    s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
+    if TILES and GROUP == 16 and BITS < 8:
+        offs = rows + _step_groups(k, 1, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+        s1, z1 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+    if TILES and GROUP < 64 and BITS == 2:
+        offs = rows + _step_groups(k, 2, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+        s2, z2 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+        s3, z3 = s2, z2
+        if GROUP == 16:
+            offs = rows + _step_groups(k, 3, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
+            s3, z3 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+    return s0, s1, s2, s3, z0, z1, z2, z3
+
+
+@triton.jit
+def _word_offsets(offs_n, K, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Offsets of the words of a block of weights at k = 0: [BLOCK_N, BLOCK_K / 64 * 4 J]."""
+    J: tl.constexpr = code_bits(FORMAT) // 2
+    offs_w = tl.arange(0, BLOCK_K // 64 * 4 * J)
+    Kw = K // 64 * (4 * J) if EVEN_K else K * code_bits(FORMAT) // 32
+    if LAYOUT == "tiles":
+        offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
+        offs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
+    else:
+        offs = (offs_n * Kw)[:, None] + offs_w[None, :]
+    return offs
+
+
+@triton.jit
+def _load_words(w_ptrs, k, K, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A block of packed weights: [BLOCK_N, B, 4, J]."""
+    J: tl.constexpr = code_bits(FORMAT) // 2
+    B: tl.constexpr = BLOCK_K // 64
+    if LAYOUT == "tiles":
+        w = tl.load(w_ptrs + k // 64 * (64 * J))
+    elif EVEN_K:
+        w = tl.load(w_ptrs + k // 64 * (4 * J))
+    else:
+        words = k // 64 * (4 * J) + tl.arange(0, B * 4 * J)
+        w = tl.load(w_ptrs + k // 64 * (4 * J), mask=(words < K * code_bits(FORMAT) // 32)[None, :], other=0)
+    return tl.reshape(w, (w.shape[0], B, 4, J))
+
+
+@triton.jit
+def _load_strided(
+    w_ptrs, s_ptr, z_ptr, rows, k, K, stride_wk, stride_sg, FORMAT: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """A block of unquantized weights or strided 8-bit codes as the matrix operand."""
+    offs_k = k + tl.arange(0, BLOCK_K)
+    if EVEN_K:
+        a = tl.load(w_ptrs + k * stride_wk)
+    else:
+        a = tl.load(w_ptrs + k * stride_wk, mask=(offs_k < K)[None, :], other=0.0)
+    if FORMAT != "bf16" and FORMAT != "fp16":
+        word = a.to(tl.uint8, bitcast=True).to(tl.int32)
+        offs = rows[:, None] + _group(tl.minimum(offs_k, K - 1), GROUP)[None, :] * stride_sg
+        s, z = _operands(s_ptr, z_ptr, offs, FORMAT, False, SCALE, DTYPE, "portable")
+        a = round_to(code_value(word, z, 0, FORMAT) * s, DTYPE, PATH)
+    return a
 
 
 @triton.jit
@@ -85,8 +158,22 @@ def _dot(a, x, acc, PATH: tl.constexpr):
 
 
 @triton.jit
+def _load_x(x_ptr, k, offs_x, columns, rows_x, width_x, EVEN_K: tl.constexpr, MASK_X: tl.constexpr):
+    """Columns k .. of the tile's rows of x: [BLOCK_K, BLOCK_M]."""
+    mask = (tl.arange(0, offs_x.shape[1]) < rows_x)[None, :]
+    if EVEN_K and not MASK_X:
+        x = tl.load(x_ptr + k + offs_x)
+    elif EVEN_K:
+        x = tl.load(x_ptr + k + offs_x, mask=mask, other=0.0)
+    else:
+        x = tl.load(x_ptr + k + offs_x, mask=mask & (k + columns < width_x)[:, None], other=0.0)
+    return x
+
+
+@triton.jit
 def accumulate(
-    acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
+    acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K,
+    stride_wn, stride_wk, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     MASK_X: tl.constexpr, GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PATH: tl.constexpr,
@@ -102,90 +189,50 @@ def accumulate(
         GATHER_X: take columns of x by `slot_to_k`; otherwise, in the public layout, x has been permuted.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BLOCK_N: tl.constexpr = acc.shape[0]
-    B: tl.constexpr = BLOCK_K // 64
-    BITS: tl.constexpr = code_bits(FORMAT)
-    J: tl.constexpr = BITS // 2
     WORDS: tl.constexpr = LAYOUT != "strided"
     TILES: tl.constexpr = LAYOUT == "tiles"
     ONE: tl.constexpr = WORDS and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
     # Loaded a loop ahead: 2-byte scales are too narrow for the pipeline of asynchronous copies.
-    AHEAD: tl.constexpr = ONE and not TILES
-    WIDE: tl.constexpr = SCALE != DTYPE
-    offs_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
+    AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)
+    offs_n = tl.minimum(first_n + tl.arange(0, acc.shape[0]), N - 1)
     offs_k = tl.arange(0, BLOCK_K)
-    columns = slot_to_k(offs_k, BITS) if GATHER_X else offs_k
+    columns = slot_to_k(offs_k, code_bits(FORMAT)) if GATHER_X else offs_k
     offs_m = tl.arange(0, acc.shape[1])
     width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" and not GATHER_X else K  # padded when it was permuted
-    mask_x = (offs_m < rows_x)[None, :]
     # 32 bits wide: half the registers of pointers
     offs_x = columns[:, None] + (offs_m if MASK_X else tl.minimum(offs_m, rows_x - 1))[None, :] * stride_xm
     rows = offs_n // SCALE_ROWS * stride_sn
     if WORDS:
-        offs_w = tl.arange(0, B * 4 * J)
-        Kw = K // 64 * (4 * J) if EVEN_K else K * BITS // 32
-        if TILES:
-            w_ptrs = w_ptr + (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
-            w_ptrs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
-        else:
-            w_ptrs = w_ptr + (offs_n * Kw)[:, None] + offs_w[None, :]
+        w_ptrs = w_ptr + _word_offsets(offs_n, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
     else:
         w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
-    if AHEAD or (ONE and GROUP == 0):
+    if AHEAD:
         offs = rows + _group(k_start, GROUP) * stride_sg
-        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-        if EVEN_K and not MASK_X:
-            x = tl.load(x_ptr + k + offs_x)
-        elif EVEN_K:
-            x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0.0)
-        else:
-            x = tl.load(x_ptr + k + offs_x, mask=mask_x & (k + columns < width_x)[:, None], other=0.0)
+        x = _load_x(x_ptr, k, offs_x, columns, rows_x, width_x, EVEN_K, MASK_X)
         if WORDS:
-            if TILES:
-                w = tl.load(w_ptrs + k // 64 * (64 * J))
-            elif EVEN_K:
-                w = tl.load(w_ptrs + k // 64 * (4 * J))
-            else:
-                w = tl.load(w_ptrs + k // 64 * (4 * J), mask=(k // 64 * (4 * J) + offs_w < Kw)[None, :], other=0)
+            w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
             if ONE:
-                if GROUP == 0:
+                if AHEAD:
                     scale, zero = next_s, next_z
-                elif AHEAD:
-                    scale, zero = next_s, next_z
-                    offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
-                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+                    if GROUP > 0:
+                        offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
+                        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
                 else:
                     offs = rows + _group(k, GROUP) * stride_sg
-                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
+                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
                 s0, z0 = scale[:, None, None, None], zero[:, None, None, None]
                 s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
             else:
-                rows_4 = rows[:, None, None, None]
-                offs = rows_4 + _step_groups(k, 0, K, FORMAT, not TILES, GROUP, BLOCK_K) * stride_sg
-                s0, z0 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
-                s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
-                if TILES and GROUP == 16 and BITS < 8:
-                    offs = rows_4 + _step_groups(k, 1, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
-                    s1, z1 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
-                if TILES and GROUP < 64 and BITS == 2:
-                    offs = rows_4 + _step_groups(k, 2, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
-                    s2, z2 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
-                    s3, z3 = s2, z2
-                    if GROUP == 16:
-                        offs = rows_4 + _step_groups(k, 3, K, FORMAT, False, GROUP, BLOCK_K) * stride_sg
-                        s3, z3 = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH, False)
-            w = tl.reshape(w, (BLOCK_N, B, 4, J))
-            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, WIDE)
+                s0, s1, s2, s3, z0, z1, z2, z3 = _step_operands(
+                    s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
+                )
+            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, SCALE != DTYPE)
         else:
-            if EVEN_K:
-                a = tl.load(w_ptrs + k * stride_wk)
-            else:
-                a = tl.load(w_ptrs + k * stride_wk, mask=(k + offs_k < K)[None, :], other=0.0)
-            if FORMAT != "bf16" and FORMAT != "fp16":
-                word = a.to(tl.uint8, bitcast=True).to(tl.int32)
-                offs = rows[:, None] + _group(tl.minimum(k + offs_k, K - 1), GROUP)[None, :] * stride_sg
-                s, z = _operands(s_ptr, z_ptr, offs, FORMAT, False, SCALE, DTYPE, "portable", True)
-                a = round_to(code_value(word, z, 0, FORMAT) * s, DTYPE, PATH)
+            a = _load_strided(
+                w_ptrs, s_ptr, z_ptr, rows, k, K, stride_wk, stride_sg, FORMAT, SCALE, GROUP, DTYPE, EVEN_K, BLOCK_K,
+                PATH,
+            )  # fmt: skip
         acc = _dot(a, x, acc, PATH)
     return acc
