@@ -99,8 +99,8 @@ class QuantWeight:
         format: the `WeightFormat`, or its name.
         group_size: consecutive k sharing a scale; K for "channel"; None for the layouts without groups.
         scale_layout: one of `SCALE_LAYOUTS`; "none" if unquantized.
-        weight_layout: "public" (the shapes above) or "tiles" (see `layouts.py`): codes in another order; scales int32 or
-            fp32 [E, groups, N]; zeros fp32 like them, or inside the int32 words.
+        weight_layout: "public" (the shapes above) or "tiles" (see `layouts.py`): codes in another order; scales int32
+            or fp32 [E, groups, N]; zeros fp32 like them, or inside the int32 words.
         scale_dtype: dtype of the scales a public weight has; to be given for any other layout.
 
     Raises: ValueError if shapes, dtypes, devices or options disagree. Values are not read: no host sync.

@@ -100,16 +100,22 @@ def _step_operands(
 
 
 @triton.jit
-def _word_offsets(offs_n, K, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Offsets of the words of a block of weights at k = 0: [BLOCK_N, BLOCK_K / 64 * 4 J]."""
+def _weight_offsets(
+    offs_n, K, stride_wn, stride_wk, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a block of weights at k = 0: [BLOCK_N, BLOCK_K / 64 * 4 J] words, or [BLOCK_N, BLOCK_K] elements."""
     J: tl.constexpr = code_bits(FORMAT) // 2
-    offs_w = tl.arange(0, BLOCK_K // 64 * 4 * J)
-    Kw = K // 64 * (4 * J) if EVEN_K else K * code_bits(FORMAT) // 32
-    if LAYOUT == "tiles":
-        offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
-        offs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
+    if LAYOUT == "strided":
+        offs = offs_n[:, None] * stride_wn + tl.arange(0, BLOCK_K)[None, :] * stride_wk
     else:
-        offs = (offs_n * Kw)[:, None] + offs_w[None, :]
+        offs_w = tl.arange(0, BLOCK_K // 64 * 4 * J)
+        Kw = K // 64 * (4 * J) if EVEN_K else K * code_bits(FORMAT) // 32
+        if LAYOUT == "tiles":
+            offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
+            offs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
+        else:
+            offs = (offs_n * Kw)[:, None] + offs_w[None, :]
     return offs
 
 
@@ -182,7 +188,7 @@ def accumulate(
 
     Args:
         x_ptr: first row of the tile. w_ptr, s_ptr, z_ptr: the expert's.
-        rows_x: rows of the tile that exist; MASK_X: load no others (few rows), instead of the last one again.
+        rows_x: rows of the tile; MASK_X: load no others, instead of the last one again.
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0 for one group a row. SCALE_ROWS: consecutive n that share a scale.
@@ -192,20 +198,17 @@ def accumulate(
     WORDS: tl.constexpr = LAYOUT != "strided"
     TILES: tl.constexpr = LAYOUT == "tiles"
     ONE: tl.constexpr = WORDS and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
-    # Loaded a loop ahead: 2-byte scales are too narrow for the pipeline of asynchronous copies.
-    AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)
+    AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)  # 2-byte scales are too narrow for asynchronous copies
     offs_n = tl.minimum(first_n + tl.arange(0, acc.shape[0]), N - 1)
-    offs_k = tl.arange(0, BLOCK_K)
-    columns = slot_to_k(offs_k, code_bits(FORMAT)) if GATHER_X else offs_k
+    columns = tl.arange(0, BLOCK_K)
+    if GATHER_X:
+        columns = slot_to_k(columns, code_bits(FORMAT))
     offs_m = tl.arange(0, acc.shape[1])
     width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" and not GATHER_X else K  # padded when it was permuted
     # 32 bits wide: half the registers of pointers
     offs_x = columns[:, None] + (offs_m if MASK_X else tl.minimum(offs_m, rows_x - 1))[None, :] * stride_xm
     rows = offs_n // SCALE_ROWS * stride_sn
-    if WORDS:
-        w_ptrs = w_ptr + _word_offsets(offs_n, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
-    else:
-        w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    w_ptrs = w_ptr + _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
     if AHEAD:
         offs = rows + _group(k_start, GROUP) * stride_sg
         next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
