@@ -1,6 +1,7 @@
 """Backend "triton": kernels that read the packed weights, in plain Triton.
 
-    decode     one launch (two where K is split): counts are read by the kernel itself
+    decode     one launch, two where K is split or in the public layout (x is permuted first): counts are read by the
+               kernel itself
     prefill    schedule, then one grouped GEMM; in the public layout x is permuted first, one launch more
 
 Between the shape rules, phase "auto" decides without the host: where decode does not split K and both phases give the
@@ -203,14 +204,28 @@ def _decode(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: 
     part = arena(x.device).take((parts, *y.shape), torch.float32) if parts > 1 else None
     limit, path = problem.decode_threshold, _path(x.device)
     _first_call_outside_graphs(x, w, "decode", condition, parts, counts.shape[0])
-    decode.launch(y, part, x, w, counts, c, limit, condition, path)
+    gather = part is not None  # elements two bytes wide, one by one; permuting first is a launch more
+    if not gather:
+        x = _permuted(x, w, arena(x.device).take)
+    decode.launch(y, part, x, w, counts, c, limit, condition, path, gather)
     if part is not None:
         decode.launch_reduce(y, part, counts, limit, condition, path)
 
 
+def _permuted(x: torch.Tensor, w: Any, take: Take) -> torch.Tensor:
+    """x with the columns in the order in which a public weight's codes lie; x itself for any other."""
+    from ..kernels import permute
+
+    if w.layout != "public":
+        return x
+    target = take((x.shape[0], -(-w.K // 64) * 64), x.dtype)
+    permute.launch(target, x, w.format)
+    return target
+
+
 def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, condition: int) -> None:
     """condition: 0 always, 2 if some expert has more than decode_threshold rows."""
-    from ..kernels import permute, prefill, schedule
+    from ..kernels import prefill, schedule
 
     c = _prefill_config(_bits(w), w.K, w.layout, x.device)
     s, experts, path = x.shape[0], counts.shape[0], _path(x.device)
@@ -218,10 +233,7 @@ def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts:
     space = arena(x.device)
     tiles = space.take((schedule.size(s, experts),), torch.int32)
     schedule.launch(tiles, y, counts, problem.decode_threshold, condition)
-    if w.layout == "public":
-        permuted = space.take((s, -(-w.K // 64) * 64), x.dtype)
-        permute.launch(permuted, x, w.format)
-        x = permuted
+    x = _permuted(x, w, space.take)
     prefill.launch(y, x, w, tiles, experts, c, c.programs_per_sm * _processors(x.device), path)
 
 
@@ -340,7 +352,11 @@ class PackedGemm:
         w = operand(weight)
         (c, parts), path = _plan_decode(x, w, counts), _path(weight.device)
         part = self._take((parts, *out.shape), torch.float32) if parts > 1 else None
-        steps = [Step("gemm", lambda: decode.launch(out, part, x, w, counts, c, 0, 0, path))]
+        gather, steps = part is not None, []
+        if not gather:
+            x, permute = permuted(weight, x, self._take)
+            steps = [permute] if permute else []
+        steps.append(Step("gemm", lambda: decode.launch(out, part, x, w, counts, c, 0, 0, path, gather)))
         if part is not None:
             steps.append(Step("scatter", lambda: decode.launch_reduce(out, part, counts, 0, 0, path)))
         return steps

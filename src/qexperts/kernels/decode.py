@@ -53,7 +53,7 @@ def decode_kernel(
     y_ptr, part_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr,
     S, E, N, K, PART_BLOCKS, LIMIT, stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr,
+    GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PATH: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def decode_kernel(
                     acc, x_ptr + r * stride_xm, w_ptr + e * stride_we, s_ptr + e * stride_se, z_ptr + e * stride_se,
                     stop - first, stride_xm, block_n * BLOCK_N, k_start, k_stop, N, K,
                     stride_wn, stride_wk, stride_sn, stride_sg,
-                    FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, LAYOUT == "public", EVEN_K, BLOCK_K,
+                    FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, GATHER_X, EVEN_K, BLOCK_K,
                     STAGES, PATH,
                 )  # fmt: skip
                 offs_y = r * N + offs_m[None, :] * N + offs_n[:, None]
@@ -125,23 +125,26 @@ _REDUCE = Launcher(reduce_kernel)
 
 def launch(
     y: torch.Tensor, part: torch.Tensor | None, x: torch.Tensor, w: Operand, counts: torch.Tensor, config: DecodeConfig,
-    limit: int, condition: int, path: str,
+    limit: int, condition: int, path: str, gather: bool = True,
 ) -> None:  # fmt: skip
     """y: [S, N]; part: [parts, S, N] fp32, or None for one part; x: [S, K]; counts: [E]; int32 or int64.
+
+    gather: for public weights, take the columns of x as the codes lie; if not, x has been permuted.
 
     limit, condition: run only if every expert has at most limit rows (condition 1), or only if not (2); 0 always.
     """
     s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
+    gather = gather and w.layout == "public"
     parts = 1 if part is None else part.shape[0]
     constants = lambda: {  # noqa: E731
         "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
-        "EVEN_K": w.K % config.block_k == 0, "SPLIT": parts > 1, "CONDITION": condition,
+        "GATHER_X": gather, "EVEN_K": w.K % config.block_k == 0, "SPLIT": parts > 1, "CONDITION": condition,
         "WIDE_SUM": s * experts >= 2**31, "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages, "PATH": path,
     }  # fmt: skip
     _LAUNCH(
         (w.key, x.dtype, y.dtype, counts.dtype, stride, (x.data_ptr() | counts.data_ptr()) % 16, config,
-         parts > 1, condition, experts, s * experts >= 2**31),
+         gather, parts > 1, condition, experts, s * experts >= 2**31),
         (_up(w.N, config.block_n), min(s, experts), parts),
         (y, y if part is None else part, x, w.w, w.s, w.z, counts, s, experts, w.N, w.K,
          _up(_up(w.K, config.block_k), parts), limit, stride,

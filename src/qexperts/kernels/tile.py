@@ -191,21 +191,19 @@ def accumulate(
         rows_x: rows of the tile; MASK_X: load no others, instead of the last one again.
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
-        SCALE: dtype of the scales. GROUP: 0 for one group a row. SCALE_ROWS: consecutive n that share a scale.
+        SCALE: dtype of the scales. GROUP: 0: one a row. SCALE_ROWS: consecutive n that share a scale.
         GATHER_X: take columns of x by `slot_to_k`; otherwise, in the public layout, x has been permuted.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = LAYOUT != "strided"
     TILES: tl.constexpr = LAYOUT == "tiles"
-    ONE: tl.constexpr = WORDS and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
+    ONE: tl.constexpr = LAYOUT != "strided" and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
     AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)  # 2-byte scales are too narrow for asynchronous copies
     offs_n = tl.minimum(first_n + tl.arange(0, acc.shape[0]), N - 1)
     columns = tl.arange(0, BLOCK_K)
     if GATHER_X:
         columns = slot_to_k(columns, code_bits(FORMAT))
-    offs_m = tl.arange(0, acc.shape[1])
+    offs_m = tl.arange(0, acc.shape[1])  # offsets below are 32 bits wide: half the registers of pointers
     width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" and not GATHER_X else K  # padded when it was permuted
-    # 32 bits wide: half the registers of pointers
     offs_x = columns[:, None] + (offs_m if MASK_X else tl.minimum(offs_m, rows_x - 1))[None, :] * stride_xm
     rows = offs_n // SCALE_ROWS * stride_sn
     w_ptrs = w_ptr + _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
@@ -214,7 +212,7 @@ def accumulate(
         next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
         x = _load_x(x_ptr, k, offs_x, columns, rows_x, width_x, EVEN_K, MASK_X)
-        if WORDS:
+        if LAYOUT != "strided":
             w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
             if ONE:
                 if AHEAD:
