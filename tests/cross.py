@@ -161,7 +161,8 @@ def launch(build: Build) -> None:
     elif build.kernel == "permute":
         permute.launch(x, x, fmt.name)
     elif build.kernel == "prefill":
-        c = config.prefill_config(*rule)
+        kind = "transposed" if w.layout == "strided" and w.strides[2] != 1 else w.layout
+        c = config.prefill_config(fmt.bits, build.k, kind, nvidia, w.group)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
     elif build.kernel == "reduce":
         decode.launch_reduce(y, parts, counts, 0, 0, path)

@@ -157,6 +157,12 @@ class QuantWeight:
         """Whether the codes lie as [E, K, N] in memory: a strided view, dequantized in that same order."""
         return self.codes.stride(-1) != 1 and self.codes.stride(-2) == 1
 
+    @property
+    def whole_words(self) -> bool:
+        """Whether rows of codes are contiguous and start on multiples of 4 bytes."""
+        e, n, k = self.codes.stride()
+        return k == 1 and (e | n | self.codes.storage_offset()) * self.codes.element_size() % 4 == 0
+
     def release(self) -> None:
         """Give up the tensors, because another weight has taken their memory over. Using this weight then raises."""
         for name in ("codes", "scales", "zeros"):
@@ -180,6 +186,8 @@ class QuantWeight:
         """
         it = iter(tensors)
         mapped = self._map(lambda t: next(it))
+        if mapped.weight_layout == "public" and mapped.scales is not None:
+            object.__setattr__(mapped, "scale_dtype", mapped.scales.dtype)
         _check(mapped)
         return mapped
 

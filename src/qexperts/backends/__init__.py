@@ -26,6 +26,7 @@ class Problem:
         where: the public function, for error messages.
         S, E, N, K: rows, experts, outputs, contraction.
         dtype: of the activations.
+        whole_words: rows of packed codes are contiguous and start on multiples of 4 bytes.
         phase: "decode" or "prefill" if the caller chose one, else "auto": decode if every expert has at most
             decode_threshold rows.
         backward: the gradient with respect to the activations instead of the result.
@@ -44,6 +45,7 @@ class Problem:
     scale_layout: str = "group"
     scale_dtype: torch.dtype | None = None
     weight_layout: str = "public"
+    whole_words: bool = True
     phase: str = "auto"
     decode_threshold: int = 4
     backward: bool = False
@@ -75,6 +77,7 @@ class Problem:
             scale_layout=weight.scale_layout,
             scale_dtype=weight.scale_dtype,
             weight_layout=weight.weight_layout,
+            whole_words=weight.whole_words,
             phase=phase,
             decode_threshold=decode_threshold,
             backward=backward,

@@ -94,6 +94,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         reason = f"K={problem.K} is not a multiple of 16"
     elif fmt.quantized and group is not None and group != problem.K and group not in GROUPS:
         reason = f"group_size={group}; it has kernels for {', '.join(map(str, GROUPS))} and K"
+    elif fmt.bits < 8 and not problem.whole_words:
+        reason = f"rows of {fmt.name} codes must be contiguous and start on multiples of 4 bytes"
     elif problem.E > MAX_EXPERTS:
         reason = f"at most {MAX_EXPERTS} experts, not {problem.E}"
     else:
@@ -170,10 +172,15 @@ def _path(device: torch.device) -> str:
 
 
 @functools.cache
-def _prefill_config(bits: int, k: int, layout: str, device: torch.device) -> Any:
+def _prefill_rule(bits: int, k: int, layout: str, group: int, device: torch.device) -> Any:
     from ..kernels.config import prefill_config
 
-    return prefill_config(bits, k, layout, _nvidia(device))
+    return prefill_config(bits, k, layout, _nvidia(device), group)
+
+
+def _prefill_config(w: Any, device: torch.device) -> Any:
+    transposed = w.layout == "strided" and w.strides[2] != 1
+    return _prefill_rule(_bits(w), w.K, "transposed" if transposed else w.layout, w.group, device)
 
 
 @functools.cache
@@ -227,7 +234,7 @@ def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts:
     """condition: 0 always, 2 if some expert has more than decode_threshold rows."""
     from ..kernels import prefill, schedule
 
-    c = _prefill_config(_bits(w), w.K, w.layout, x.device)
+    c = _prefill_config(w, x.device)
     s, experts, path = x.shape[0], counts.shape[0], _path(x.device)
     _first_call_outside_graphs(x, w, "prefill", condition, experts)
     space = arena(x.device)
@@ -366,8 +373,7 @@ def prefill_config_of(weight: QuantWeight) -> Any:
     """The tile sizes of a prefill with this weight."""
     from ..kernels.operand import operand
 
-    w = operand(weight)
-    return _prefill_config(_bits(w), w.K, w.layout, weight.device)
+    return _prefill_config(operand(weight), weight.device)
 
 
 def decode_config_of(weight: QuantWeight, rows: int) -> Any:

@@ -44,18 +44,21 @@ class DecodeConfig:
     block_m: int = 16
 
 
-def prefill_config(bits: int, k: int, layout: str, nvidia: bool) -> PrefillConfig:
-    """bits: of a code; layout: of the weight.
+def prefill_config(bits: int, k: int, layout: str, nvidia: bool, group: int = 128) -> PrefillConfig:
+    """bits: of a code; layout: of the weight, "transposed" for a strided one with N contiguous; group: 0 for a row.
 
     On NVIDIA two programs of 4 warps share a multiprocessor: 113 KiB of shared memory and 255 registers a thread each.
     Since 3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which is too much for that: there one
-    program of 8 warps runs alone, with 5-9% less speed where both were measured, but without spilling.
+    program of 8 warps runs alone, without spilling. With Triton 3.6, where both were measured, that is 5-9% slower for
+    4-bit codes and 20-30% for 8-bit ones.
     """
-    if not nvidia:
-        return PrefillConfig(64, 64, 2)
+    if not nvidia or layout == "transposed":
+        return PrefillConfig(64, 64, 3 if nvidia else 2)
     if bits == 16 or layout == "strided":
         return PrefillConfig(128, 64, 3)
-    if OPERAND_SLICES_OF_64 and k % 128 == 0:
+    if OPERAND_SLICES_OF_64:
+        if bits == 8 or k % 128 or 0 < group < 128:
+            return PrefillConfig(128, 64, 4, warps=8, programs_per_sm=1)
         return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
     if k % 128 == 0 and (bits == 2 or (bits == 4 and layout == "public")):
         return PrefillConfig(128, 128, 3)
@@ -67,7 +70,7 @@ def decode_config(bits: int, k: int, layout: str, nvidia: bool, blocks: int, pro
     128 rows need fewer; with few blocks, loading more k ahead counts more."""
     if not nvidia:
         return DecodeConfig(64, 64, 2)
-    if bits >= 8 or layout == "strided":
+    if bits >= 8:
         return DecodeConfig(64, 64, 4)
     if blocks < 4 * processors and k % 128 == 0:
         return DecodeConfig(64, 128, 4)

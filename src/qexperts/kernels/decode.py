@@ -108,7 +108,7 @@ def reduce_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     counts = _rows(counts_ptr, S, E, WIDE_SUM, BLOCK_E)
     if _wanted(counts, S, LIMIT, CONDITION):
-        mask = (offs_n < N) & (row < tl.sum(counts, 0))
+        mask = offs_n < tl.where(row < tl.sum(counts, 0), N, 0)
         acc = tl.zeros((BLOCK_N,), tl.float32)
         for part in tl.static_range(PARTS):
             acc += tl.load(part_ptr + (part * S + row) * N + offs_n, mask=mask, other=0.0)
@@ -143,7 +143,7 @@ def launch(
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages, "PATH": path,
     }  # fmt: skip
     _LAUNCH(
-        (w.key, x.dtype, y.dtype, counts.dtype, stride, (x.data_ptr() | counts.data_ptr()) % 16, config,
+        (w.key, x.dtype, y.dtype, counts.dtype, stride, (x.data_ptr() | y.data_ptr() | counts.data_ptr()) % 16, config,
          gather, parts > 1, condition, experts, s * experts >= 2**31),
         (_up(w.N, config.block_n), min(s, experts), parts),
         (y, y if part is None else part, x, w.w, w.s, w.z, counts, s, experts, w.N, w.K,
@@ -165,7 +165,17 @@ def launch_reduce(
         "BLOCK_N": 512, "PATH": path,
     }  # fmt: skip
     _REDUCE(
-        (y.dtype, y.device.index, counts.dtype, counts.data_ptr() % 16, n, experts, parts, condition, wide),
+        (
+            y.dtype,
+            y.device.index,
+            counts.dtype,
+            (y.data_ptr() | counts.data_ptr()) % 16,
+            n,
+            experts,
+            parts,
+            condition,
+            wide,
+        ),
         (s, -(-n // 512), 1),
         (y, part, counts, s, experts, n, limit),
         constants,

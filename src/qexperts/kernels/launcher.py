@@ -38,7 +38,8 @@ class Launcher:
         known = self._known.get(key)
         if known is None:
             made = constants()
-            compiled = self._kernel[grid](*args, **made, num_warps=warps)
+            # said explicitly, since its default changes between Triton releases
+            compiled = self._kernel[grid](*args, **made, num_warps=warps, enable_fp_fusion=True)
             if compiled is not None:  # the interpreter compiles nothing
                 self._known[key] = compiled, tuple(made.values())
             return

@@ -18,6 +18,9 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     return _TL[dtype]
 
 
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # GPUs before sm_89 have no such pointers: passed as bytes
+
+
 class Operand(NamedTuple):
     """A weight as kernel arguments.
 
@@ -49,6 +52,8 @@ class Operand(NamedTuple):
 
     def over(self, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None) -> Operand:
         """The same kind of weight over other tensors."""
+        if codes.dtype in _FLOAT8:
+            codes = codes.view(torch.uint8)
         s = codes if scales is None else scales
         return Operand(codes, s, s if zeros is None else zeros, *self[3:])
 
@@ -58,13 +63,27 @@ _FACTS: dict[tuple[object, ...], int] = {}
 
 def operand(weight: QuantWeight) -> Operand:
     """Kernel arguments of a weight. A format without scales passes its codes in their place; they are not read."""
+    if codes_misplaced(weight):
+        raise ValueError(
+            f"{weight}: the codes start at no multiple of 4 bytes, or lie apart in a prepared layout; the kernels read "
+            f"whole words. Use codes.contiguous()."
+        )
     w = _operand(weight)
     facts = (*w[3:-1], w.w.dtype, w.s.dtype, w.w.device)
     return w._replace(facts=_FACTS.setdefault(facts, len(_FACTS)))
 
 
+def codes_misplaced(weight: QuantWeight) -> bool:
+    """Whether the memory is not where strides and offsets say that words are."""
+    if weight.weight_layout != "public":
+        return not weight.codes.is_contiguous()
+    return weight.format.bits < 8 and (weight.codes.data_ptr() % 4 > 0 or not weight.whole_words)
+
+
 def _operand(weight: QuantWeight) -> Operand:
     codes, scales = weight.codes, weight.scales
+    if codes.dtype in _FLOAT8:
+        codes = codes.view(torch.uint8)
     e, n, k = codes.stride()
     name, size = weight.format.name, (weight.N, weight.K)
     if scales is None:
@@ -80,7 +99,7 @@ def _operand(weight: QuantWeight) -> Operand:
         se, sn, sg = scales.stride()
     rows = BLOCK if weight.scale_layout == "block128" else 1
     scale = _TL[scales.dtype]
-    if k != 1 or n % 4 or e % 4 or codes.data_ptr() % 4:
+    if not weight.whole_words:  # 8-bit codes; what has smaller ones is refused before
         return Operand(codes, scales, zeros, (e, n, k, se, sn, sg), name, "strided", scale, _group(weight), rows, *size)
     strides = (e // 4, n // 4, 1, se, sn, sg)
     return Operand(codes, scales, zeros, strides, name, "public", scale, _group(weight), rows, *size)

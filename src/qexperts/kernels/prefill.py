@@ -122,7 +122,7 @@ def launch(
         "STAGES": config.stages, "PATH": path,
     }  # fmt: skip
     _LAUNCH(
-        (w.key, x.dtype, y.dtype, stride, x.data_ptr() % 16, config),
+        (w.key, x.dtype, y.dtype, stride, (x.data_ptr() | y.data_ptr()) % 16, config),
         (min(programs, tiles * -(-w.N // config.block_n)), 1, 1),
         (y, x, w.w, w.s, w.z, schedule, E, w.N, w.K, tiles, stride, *w.strides),
         constants,

@@ -124,7 +124,7 @@ def launch(schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit:
     """
     (s, n), experts = y.shape, counts.shape[0]
     _LAUNCH(
-        (y.dtype, y.device.index, counts.dtype, counts.data_ptr() % 16, n, experts, condition),
+        (y.dtype, y.device.index, counts.dtype, (y.data_ptr() | counts.data_ptr()) % 16, n, experts, condition),
         (experts + 1, 1, 1),
         (schedule, y, counts, s, experts, n, limit, max_tiles(s, experts)),
         lambda: {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts)},

@@ -5,7 +5,7 @@ shared memory, and the number of rows (the width of the right operand) may be an
 
 Layouts of the weights, Kw = 32-bit words of a row of K codes, J = words of a lane in a block of 64 k:
 
-    public    row n at n * Kw; block b of 64 k at 4 J b; lane q at J q; columns of x permuted by `slot_to_k`
+    public    row n at n * stride_wn; block b of 64 k at 4 J b; lane q at J q; columns of x permuted by `slot_to_k`
     tiles     rows 16 i .. 16 i + 15 at 16 Kw i; in it block b at 64 J b; in it row n % 16 at 4 J (n % 16), lane q at
               J q; scales and zeros as words, see `layouts.py`
     strided   elements at n * stride_wn + k * stride_wk (8-bit codes, bf16 and fp16 weights)
@@ -115,7 +115,7 @@ def _weight_offsets(
             offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
             offs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
         else:
-            offs = (offs_n * Kw)[:, None] + offs_w[None, :]
+            offs = (offs_n * stride_wn)[:, None] + offs_w[None, :]
     return offs
 
 
