@@ -160,8 +160,9 @@ class QuantWeight:
     @property
     def whole_words(self) -> bool:
         """Whether rows of codes are contiguous and start on multiples of 4 bytes."""
-        e, n, k = self.codes.stride()
-        return k == 1 and (e | n | self.codes.storage_offset()) * self.codes.element_size() % 4 == 0
+        *apart, k = self.codes.stride()
+        size = self.codes.element_size()
+        return k == 1 and all(step * size % 4 == 0 for step in (*apart, self.codes.storage_offset()))
 
     def release(self) -> None:
         """Give up the tensors, because another weight has taken their memory over. Using this weight then raises."""
