@@ -52,7 +52,8 @@ class TokenPlan:
             return self._offsets
         ends = self.counts.clamp(0, self.total_tokens).cumsum(0, dtype=torch.int64).clamp_(max=self.total_tokens)
         offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-        if not is_capturing(self.device):  # a graph's tensors hold nothing before it is replayed
+        # a graph's tensors hold nothing before it is replayed
+        if not torch.compiler.is_compiling() and not is_capturing(self.device):
             self._offsets = offsets
         return offsets
 
@@ -68,8 +69,8 @@ class TokenPlan:
         Args:
             num_tokens_per_expert: [E]; int32 or int64.
             total_tokens: S, the rows of the activations.
-        Raises: ValueError on the CPU if a count is negative or the sum is not S. On other devices nothing is read:
-            negative counts count as 0, offsets are clamped to S (see `check_tokens`).
+        Raises: ValueError on the CPU if a count is negative or the sum is not S, unless the call is traced. On other
+            devices nothing is read: negative counts count as 0, offsets are clamped to S (see `check_tokens`).
 
         No host synchronisation; safe in a CUDA graph.
         """
@@ -77,7 +78,7 @@ class TokenPlan:
         _check_counts("TokenPlan", counts)
         if total_tokens < 0:
             raise ValueError(f"TokenPlan: total_tokens is {total_tokens}; expected at least 0.")
-        if counts.device.type == "cpu":
+        if counts.device.type == "cpu" and not torch.compiler.is_compiling():  # a traced call reads no values
             _check_sum("TokenPlan", counts, total_tokens)
         return cls(counts, total_tokens)
 
