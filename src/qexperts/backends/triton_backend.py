@@ -126,7 +126,8 @@ def bind(problem: Problem, weight: QuantWeight) -> Call:
     """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone."""
     from ..kernels.operand import operand
 
-    template, n, wide = operand(weight), weight.N, torch.float32 if problem.wide else None
+    template = operand(weight)._replace(w=None, s=None, z=None)  # type: ignore[arg-type]  # holds no tensor alive
+    n, wide = weight.N, torch.float32 if problem.wide else None
 
     def call(
         x: torch.Tensor,
