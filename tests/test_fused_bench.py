@@ -21,11 +21,12 @@ from test_report import BF16, INT4, MM, clip, grouped, markdown_rows, record
 from qexperts import FORMATS, dequantize, quantize
 from qexperts.backends import explain, triton_backend
 from qexperts.bench import fused, humming, report, run, timing
+from qexperts.bench.binding import Bound, Refused
 from qexperts.bench.candidates import Candidate, enumerate_candidates
 from qexperts.bench.fused import FusedProvider
 from qexperts.bench.humming import HummingProvider, packed
 from qexperts.bench.measure import measure_workload
-from qexperts.bench.providers import Binder, Bound, Refused
+from qexperts.bench.providers import Binder
 from qexperts.bench.records import Record, record_from_json
 from qexperts.bench.roofline import Ceilings
 from qexperts.bench.timing import issue_us

@@ -14,8 +14,8 @@ from ..ops import grouped_gemm, moe, prepare
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Strategy, Take
 from ..testing import Inputs
+from .binding import Bound
 from .candidates import Candidate
-from .providers import Bound
 from .workloads import Workload
 
 __all__ = ["BACKEND", "FusedProvider"]

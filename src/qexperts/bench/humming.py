@@ -29,8 +29,8 @@ import torch
 from ..formats import QuantWeight
 from ..strategies import Step, Take
 from ..testing import Inputs, judge
+from .binding import Bound, Refused, of_peer
 from .candidates import Candidate
-from .providers import Bound, Refused, of_peer
 from .timing import Sampler
 from .workloads import Workload
 

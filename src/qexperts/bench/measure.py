@@ -13,8 +13,9 @@ import torch
 from ..strategies import Take
 from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
+from .binding import Bound, Refused, of_peer
 from .candidates import Candidate
-from .providers import Binder, Bound, Refused, of_peer
+from .providers import Binder
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
 from .timing import Sampler, host_ms, issue_us, percentile
