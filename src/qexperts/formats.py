@@ -164,6 +164,14 @@ class QuantWeight:
         size = self.codes.element_size()
         return k == 1 and all(step * size % 4 == 0 for step in (*apart, self.codes.storage_offset()))
 
+    def check_alive(self, where: str) -> None:
+        """Raise ValueError if another weight has taken the memory over (see `release`)."""
+        if self.weight_layout == RELEASED:
+            raise ValueError(
+                f"{where}: this weight has been released by prepare(); use what prepare() returned, or "
+                f"keep_source=True."
+            )
+
     def release(self) -> None:
         """Give up the tensors, because another weight has taken their memory over. Using this weight then raises."""
         for name in ("codes", "scales", "zeros"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .formats import BLOCK, RELEASED, QuantWeight, WeightFormat
+from .formats import BLOCK, QuantWeight, WeightFormat
 
 __all__ = ["no_tiles", "restore", "to_layout"]
 
@@ -43,10 +43,7 @@ def restore(weight: QuantWeight) -> QuantWeight:
 
     Raises: ValueError for a weight whose memory another has taken over (`QuantWeight.release`).
     """
-    if weight.weight_layout == RELEASED:
-        raise ValueError(
-            "QuantWeight: this weight has been released by prepare(); use what prepare() returned, or keep_source=True."
-        )
+    weight.check_alive("QuantWeight")
     if weight.weight_layout == "public":
         return weight
     codes = torch.empty_like(weight.codes)

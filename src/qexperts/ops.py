@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import Backend, Call, Problem, select
-from .formats import FORMATS, RELEASED, QuantWeight
+from .formats import FORMATS, QuantWeight
 from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
 from .workspace import clear_workspaces
@@ -62,8 +62,7 @@ def grouped_gemm(
     synchronisation and safe in a CUDA graph, but for the case the torch backend names in `explain`.
     """
     where = "grouped_gemm"
-    if weight.weight_layout == RELEASED:
-        _check_public(where, weight)
+    weight.check_alive(where)
     x = check_activations(where, x, weight.K, weight.device)
     if plan.device != x.device or plan.num_experts != weight.E or plan.total_tokens != x.shape[0]:
         raise ValueError(
@@ -238,10 +237,7 @@ def clear_moe_prefill_workspace_cache() -> None:
 
 
 def _check_public(where: str, weight: QuantWeight) -> None:
-    if weight.weight_layout == RELEASED:
-        raise ValueError(
-            f"{where}: this weight has been released by prepare(); use what prepare() returned, or keep_source=True."
-        )
+    weight.check_alive(where)
     if weight.weight_layout != "public":
         raise ValueError(f"{where}: the weight is already in layout {weight.weight_layout!r}; unprepare() it first.")
 
@@ -275,12 +271,13 @@ def run_packed(call: PackedCall, manner: Manner) -> torch.Tensor:
     x, weight = check_packed(where, scale_scheme, call)
     plan = _plan(where, call[2], x, weight)
     phase = _phase(plan, phase, decode_threshold)
-    problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
-    chosen = select(problem)
-    if key is not None and chosen.bind is not None and weight.codes is call[1] and x is call[0]:
-        if len(_BOUND) >= _MAX_BOUND:
-            _BOUND.clear()
-        _BOUND[key] = chosen.bind(problem, weight)
+    if key is not None and weight.codes is call[1] and x is call[0]:
+        problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
+        bind = select(problem).bind
+        if bind is not None:
+            if len(_BOUND) >= _MAX_BOUND:
+                _BOUND.clear()
+            _BOUND[key] = bind(problem, weight)
     return run_now(where, x, weight, plan, phase=phase, decode_threshold=decode_threshold)
 
 

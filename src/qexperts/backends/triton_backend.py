@@ -222,13 +222,20 @@ def _decode(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: 
 
 def _permuted(x: torch.Tensor, w: Any, take: Take) -> torch.Tensor:
     """x with the columns in the order in which a public weight's codes lie; x itself for any other."""
+    permuted, step = _permute_step(x, w, take)
+    if step is not None:
+        step.run()
+    return permuted
+
+
+def _permute_step(x: torch.Tensor, w: Any, take: Take) -> tuple[torch.Tensor, Step | None]:
+    """Where `_permuted` has its result, and the step that makes it, if any."""
     from ..kernels import permute
 
     if w.layout != "public":
-        return x
+        return x, None
     target = take((x.shape[0], -(-w.K // 64) * 64), x.dtype)
-    permute.launch(target, x, w.format)
-    return target
+    return target, Step("pad", lambda: permute.launch(target, x, w.format))
 
 
 def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, condition: int) -> None:
@@ -362,7 +369,7 @@ class PackedGemm:
         part = self._take((parts, *out.shape), torch.float32) if parts > 1 else None
         gather, steps = part is not None, []
         if not gather:
-            x, permute = permuted(weight, x, self._take)
+            x, permute = _permute_step(x, w, self._take)
             steps = [permute] if permute else []
         steps.append(Step("gemm", lambda: decode.launch(out, part, x, w, counts, c, 0, 0, path, gather)))
         if part is not None:
@@ -387,14 +394,9 @@ def decode_config_of(weight: QuantWeight, rows: int) -> Any:
 
 def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Tensor, Step | None]:
     """x as the prefill kernel wants it for this weight, and the step that makes it so, if any."""
-    from ..kernels import permute
     from ..kernels.operand import operand
 
-    w = operand(weight)
-    if w.layout != "public":
-        return x, None
-    target = take((x.shape[0], -(-w.K // 64) * 64), x.dtype)
-    return target, Step("pad", lambda: permute.launch(target, x, w.format))
+    return _permute_step(x, operand(weight), take)
 
 
 def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:

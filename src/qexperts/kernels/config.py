@@ -50,7 +50,7 @@ def prefill_config(bits: int, k: int, layout: str, nvidia: bool, group: int = 12
     On NVIDIA two programs of 4 warps share a multiprocessor: 113 KiB of shared memory and 255 registers a thread each.
     Since 3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which is too much for that: there one
     program of 8 warps runs alone, without spilling. With Triton 3.6, where both were measured, that is 5-9% slower for
-    4-bit codes and 20-30% for 8-bit ones.
+    4-bit codes and 42-47% for 8-bit ones.
     """
     if not nvidia or layout == "transposed":
         return PrefillConfig(64, 64, 3 if nvidia else 2)
