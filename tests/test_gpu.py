@@ -1,4 +1,7 @@
-"""On a GPU: the oracle again, and what only a GPU can break: host syncs, graphs, streams, counts nobody checked."""
+"""On a GPU: the oracle again, and what only a GPU can break: host syncs, graphs, streams, counts nobody checked.
+
+`auto`, and so every tensor-level call, takes triton wherever it runs; what is about the torch backend names it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import DTYPES, KERNELS, QUANTIZED, SUPPORT, UNQUANTIZED, arguments, dtype_for, matrix, name_of
+from test_ops import (
+    DTYPES,
+    FORWARD_ONLY,
+    KERNELS,
+    QUANTIZED,
+    SUPPORT,
+    UNQUANTIZED,
+    arguments,
+    dtype_for,
+    matrix,
+    name_of,
+)
 
 from qexperts import (
     FORMATS,
@@ -31,6 +45,7 @@ from qexperts import (
     quantize,
     tile_schedule,
 )
+from qexperts.backends import select
 from qexperts.reference import grouped_gemm_reference
 from qexperts.testing import Case, Inputs, assert_no_worse, make_inputs, nan_filled, peer_gemm
 from qexperts.workspace import workspace_bytes
@@ -40,6 +55,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DECODE, PREFILL = (1, 0, 2, 0, 1), (0, 33, 1, 0, 6, 0)
 GROUPED_MM = [9, 10]  # compute capabilities where torch multiplies bf16 groups in one launch, without a sync
+each_backend = pytest.mark.parametrize("backend", ["triton", "torch"])
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +78,28 @@ def no_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def has_grouped_mm() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in GROUPED_MM
+
+
 def needs_grouped_mm() -> None:
-    if torch.version.hip is not None or torch.cuda.get_device_capability()[0] not in GROUPED_MM:
+    if not has_grouped_mm():
         pytest.skip("torch has no bf16 grouped mm without a sync here")
 
 
+def run_on(backend: str, inputs: Inputs) -> torch.Tensor:
+    """One backend by name. The plan is made here: on the current stream, and inside a capture if there is one."""
+    plan = TokenPlan.from_counts(inputs.counts, inputs.x.shape[0])
+    return grouped_gemm(inputs.x, inputs.weight, plan, backend=backend)
+
+
 def check(case: Case, call: Callable[..., torch.Tensor]) -> None:
+    """The tensor-level call, and the torch backend by name."""
     inputs = make_inputs(case, DEVICE)
     got = call(**arguments(inputs))
     assert got.shape == inputs.peer.shape and got.dtype == case.dtype and got.device == inputs.x.device
     assert_no_worse(got, inputs.oracle, inputs.peer)
+    assert_no_worse(run_on("torch", inputs), inputs.oracle, inputs.peer)
 
 
 # ---- results
@@ -119,9 +147,10 @@ AWKWARD = [
 def test_awkward_counts(fmt: str, case: Case) -> None:
     for dtype in DTYPES if FORMATS[fmt].quantized else [FORMATS[fmt].storage]:
         inputs = make_inputs(dataclasses.replace(case, format=fmt, dtype=dtype), DEVICE)
-        out = nan_filled(*inputs.peer.shape, dtype=dtype, device=DEVICE)
-        assert grouped_gemm(inputs.x, inputs.weight, inputs.plan, out=out) is out
-        assert_no_worse(out, inputs.oracle, inputs.peer)
+        for backend in ("auto", "torch"):
+            out = nan_filled(*inputs.peer.shape, dtype=dtype, device=DEVICE)
+            assert grouped_gemm(inputs.x, inputs.weight, inputs.plan, out=out, backend=backend) is out
+            assert_no_worse(out, inputs.oracle, inputs.peer)
 
 
 @pytest.mark.parametrize(("k", "group"), [(20, 4), (36, 12), (100, 20), (44, 44), (40, 8)], ids=str)
@@ -154,7 +183,8 @@ def test_scales_of_any_layout_and_dtype(fmt: str, layout: str, scale_dtype: torc
         x = torch.randn(sum(rows), 272, device=DEVICE, dtype=torch.bfloat16)
         plan = TokenPlan.from_counts(torch.tensor(rows, device=DEVICE), sum(rows))
         oracle, peer = grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows)
-        assert_no_worse(grouped_gemm(x, weight, plan), oracle, peer)
+        for backend in ("auto", "torch"):
+            assert_no_worse(grouped_gemm(x, weight, plan, backend=backend), oracle, peer)
 
 
 @pytest.mark.parametrize("storage", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=name_of)
@@ -168,8 +198,12 @@ def test_per_tensor_scheme(storage: torch.dtype, rows: tuple[int, ...]) -> None:
     counts = torch.tensor(rows, device=DEVICE, dtype=torch.int32)
     for dtype in DTYPES:
         x = torch.randn(sum(rows), 80, device=DEVICE, dtype=dtype)
+        oracle, peer = grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows)
         got = moe_gemm_prefill(x, codes, counts, scales=scales, scale_scheme="per_tensor")
-        assert_no_worse(got, grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows))
+        assert_no_worse(got, oracle, peer)
+        plan, where_they_lie = TokenPlan.from_counts(counts, len(x)), weight.codes.mT.contiguous().mT
+        strided = weight.with_tensors(where_they_lie, scales)
+        assert_no_worse(grouped_gemm(x, strided, plan, backend="torch"), oracle, peer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -186,6 +220,10 @@ def test_strided_activations(rows: tuple[int, ...], dtype: torch.dtype) -> None:
             got = call(**(arguments(inputs) | dict(activations=view)))
             assert_no_worse(got, inputs.oracle, inputs.peer)
             assert torch.equal(got, call(**arguments(inputs)))
+        for view in views:
+            got = run_on("torch", dataclasses.replace(inputs, x=view))
+            assert_no_worse(got, inputs.oracle, inputs.peer)
+            assert torch.equal(got, run_on("torch", inputs))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -201,19 +239,22 @@ def test_moe_equals_its_kernel_bit_for_bit(fmt: str) -> None:
 # ---- no host synchronisation
 
 
-def sync_free(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> Inputs:
-    if not (dtype == torch.float16 and sum(rows) <= len(rows)):
-        needs_grouped_mm()
-    return make_inputs(Case(rows, N=48, K=96, format=fmt, group_size=32, dtype=dtype), DEVICE)
+def small(fmt: str, dtype: torch.dtype, rows: tuple[int, ...], seed: int = 0) -> Inputs:
+    return make_inputs(Case(rows, N=48, K=96, format=fmt, group_size=32, dtype=dtype), DEVICE, seed)
 
 
-NO_SYNC = [(fmt, torch.bfloat16, rows) for fmt in FORMATS if fmt != "fp16" for rows in (DECODE, PREFILL)]
-NO_SYNC += [(fmt, torch.float16, DECODE) for fmt in FORMATS if fmt != "bf16"]
+def torch_reads_counts(dtype: torch.dtype, rows: tuple[int, ...]) -> bool:
+    """Whether the torch backend, and with it every gradient, has no way but to read the counts on the host."""
+    return sum(rows) > len(rows) and not (dtype == torch.bfloat16 and has_grouped_mm())
 
 
-@pytest.mark.parametrize(("fmt", "dtype", "rows"), NO_SYNC, ids=name_of)
+WAYS = [(fmt, torch.bfloat16, rows) for fmt in FORMATS if fmt != "fp16" for rows in (DECODE, PREFILL)]
+WAYS += [(fmt, torch.float16, rows) for fmt in FORMATS if fmt != "bf16" for rows in (DECODE, PREFILL)]
+
+
+@pytest.mark.parametrize(("fmt", "dtype", "rows"), WAYS, ids=name_of)
 def test_no_host_sync(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
-    inputs = sync_free(fmt, dtype, rows)
+    inputs = small(fmt, dtype, rows)
     call = arguments(inputs)
     clear_moe_prefill_workspace_cache()
     long = call | dict(num_tokens_per_expert=inputs.counts.long())
@@ -221,11 +262,26 @@ def test_no_host_sync(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> No
     with no_sync():  # the first call too
         results = [kernel(**c) for kernel in (*KERNELS.values(), moe) for c in (call, long)]
         results.append(grouped_gemm(inputs.x, inputs.weight, inputs.plan))
-        grouped_gemm(x, inputs.weight, inputs.plan).sum().backward()
+        if not torch_reads_counts(dtype, rows):
+            grouped_gemm(x, inputs.weight, inputs.plan).sum().backward()
     for result in results:
         assert_no_worse(result, inputs.oracle, inputs.peer)
-    answer = {a.backend: a for a in explain(Problem.of("grouped_gemm", inputs.x, inputs.weight))}["torch"]
+    answer = {a.backend: a for a in explain(Problem.of("grouped_gemm", inputs.x, inputs.weight))}["triton"]
     assert answer.ok and not answer.syncs
+
+
+@pytest.mark.parametrize(("fmt", "dtype", "rows"), WAYS, ids=name_of)
+def test_the_torch_backend_syncs_where_it_says_so_and_nowhere_else(
+    fmt: str, dtype: torch.dtype, rows: tuple[int, ...]
+) -> None:
+    inputs, syncs = small(fmt, dtype, rows), torch_reads_counts(dtype, rows)
+    clear_moe_prefill_workspace_cache()
+    with pytest.raises(RuntimeError, match="synchroniz") if syncs else contextlib.nullcontext(), no_sync():
+        got = run_on("torch", inputs)
+    if not syncs:
+        assert_no_worse(got, inputs.oracle, inputs.peer)
+    answer = {a.backend: a for a in explain(Problem.of("grouped_gemm", inputs.x, inputs.weight))}["torch"]
+    assert answer.ok and answer.syncs == syncs
 
 
 def test_planning_does_not_sync() -> None:
@@ -236,7 +292,7 @@ def test_planning_does_not_sync() -> None:
         routed = TokenPlan.from_expert_ids(ids, 3)
         for p in (plan, routed):
             p.row_expert()
-            tile_schedule(p, 16)
+            tile_schedule(p)
     assert plan.expert_offsets.tolist() == [0, 3, 3, 8]
     assert routed.expert_offsets.tolist() == [0, 1, 2, 4]
 
@@ -270,61 +326,65 @@ def capture(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, tor
     return graph, result
 
 
-@pytest.mark.parametrize(("fmt", "dtype", "rows"), NO_SYNC, ids=name_of)
+@pytest.mark.parametrize(("fmt", "dtype", "rows"), WAYS, ids=name_of)
 def test_a_graph_replays_with_other_counts(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
-    inputs = sync_free(fmt, dtype, rows)
+    inputs = small(fmt, dtype, rows)
     others = [rows, rows[::-1], (sum(rows),) + (0,) * (len(rows) - 1), (0,) * (len(rows) - 1) + (sum(rows),)]
-    for kernel in (*KERNELS.values(), moe):
-        call = arguments(inputs) | dict(activations=inputs.x.clone(), num_tokens_per_expert=inputs.counts.clone())
-        graph, result = capture(lambda kernel=kernel, call=call: kernel(**call))  # type: ignore[misc]
+    ways: list[Callable[[Inputs], torch.Tensor]] = [
+        lambda i, kernel=kernel: kernel(**arguments(i)) for kernel in (*KERNELS.values(), moe)
+    ]
+    if not torch_reads_counts(dtype, rows):
+        ways.append(lambda i: run_on("torch", i))
+    for way in ways:
+        fixed = dataclasses.replace(inputs, x=inputs.x.clone(), counts=inputs.counts.clone())
+        graph, result = capture(lambda way=way, fixed=fixed: way(fixed))  # type: ignore[misc]
         for seed, counts in enumerate(others):
-            other = make_inputs(Case(counts, N=48, K=96, format=fmt, group_size=32, dtype=dtype), DEVICE, seed)
-            x = other.x
-            call["activations"].copy_(x)
-            call["num_tokens_per_expert"].copy_(other.counts)
+            other = small(fmt, dtype, counts, seed)
+            fixed.x.copy_(other.x)
+            fixed.counts.copy_(other.counts)
             result.fill_(math.nan)
             graph.replay()
-            oracle = grouped_gemm_reference(x, inputs.weight, counts)
-            assert_no_worse(result, oracle, peer_gemm(x, inputs.weight, counts))
+            oracle = grouped_gemm_reference(other.x, inputs.weight, counts)
+            assert_no_worse(result, oracle, peer_gemm(other.x, inputs.weight, counts))
 
 
-def test_a_graph_does_not_share_memory_with_eager_calls() -> None:
-    needs_grouped_mm()
+@each_backend
+def test_a_graph_does_not_share_memory_with_eager_calls(backend: str) -> None:
+    if backend == "torch":
+        needs_grouped_mm()
     inputs = make_inputs(Case(PREFILL, N=64, K=128, format="int4_asym", group_size=32), DEVICE)
-    call = arguments(inputs)
     clear_moe_prefill_workspace_cache()
     graph = torch.cuda.CUDAGraph()
-    moe_gemm_prefill(**call)
+    run_on(backend, inputs)
     kept = workspace_bytes()
     with torch.cuda.graph(graph):
-        result = moe_gemm_prefill(**call)
+        result = run_on(backend, inputs)
     assert workspace_bytes() == kept, "memory of a capture is not kept"
-    expected = moe_gemm_prefill(**call)
+    expected = run_on(backend, inputs)
     other = make_inputs(Case((50, 3, 0, 9, 1, 70), N=256, K=512, format="int4_asym", group_size=32), DEVICE)
     for clear in (False, True):
         if clear:
             clear_moe_prefill_workspace_cache()
             torch.cuda.empty_cache()
         poison = [nan_filled(1 << 20, dtype=torch.float32, device=DEVICE) for _ in range(8)]
-        eager = moe_gemm_prefill(**arguments(other))
+        eager = run_on(backend, other)
         result.fill_(math.nan)
         graph.replay()
-        again = moe_gemm_prefill(**arguments(other))
+        again = run_on(backend, other)
         assert torch.equal(result, expected)
         assert_no_worse(eager, other.oracle, other.peer)
         assert torch.equal(eager, again)
         del poison
 
 
-def test_fp16_with_more_rows_than_experts_cannot_be_captured() -> None:
-    inputs = make_inputs(Case(PREFILL, N=48, K=96, format="int4_sym", group_size=32, dtype=torch.float16), DEVICE)
-    call = arguments(inputs)
-    moe_gemm_prefill(**call)
+def test_fp16_with_more_rows_than_experts_cannot_be_captured_on_the_torch_backend() -> None:
+    inputs = small("int4_sym", torch.float16, PREFILL)
+    run_on("torch", inputs)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match=r"graph"), torch.cuda.graph(graph):
-        moe_gemm_prefill(**call)
+        run_on("torch", inputs)
     torch.cuda.synchronize()
-    assert_no_worse(moe_gemm_prefill(**call), inputs.oracle, inputs.peer)  # the context is sound
+    assert_no_worse(run_on("torch", inputs), inputs.oracle, inputs.peer)  # the context is sound
 
 
 # ---- counts nobody checked
@@ -372,10 +432,11 @@ def test_counts_that_do_not_add_up(counts: list[int], dtype: torch.dtype, total:
             got = kernel(x, weight.codes, tensor, **call)
             assert (got[end:] == 0).all(), f"{kernel.__name__}: rows past the sum are not 0"
             assert_no_worse(got[:end], oracle, peer)
-        out = nan_filled(total, 32, dtype=dtype, device=DEVICE)
-        grouped_gemm(x, weight, TokenPlan.from_counts(tensor, total), out=out)
-        assert (out[end:] == 0).all()
-        assert_no_worse(out[:end], oracle, peer)
+        for backend in ("auto", "torch"):
+            out = nan_filled(total, 32, dtype=dtype, device=DEVICE)
+            grouped_gemm(x, weight, TokenPlan.from_counts(tensor, total), out=out, backend=backend)
+            assert (out[end:] == 0).all(), backend
+            assert_no_worse(out[:end], oracle, peer)
     if sum(counts) != total or min(counts) < 0:
         with pytest.raises(ValueError):
             check_tokens(tensor, total)
@@ -405,23 +466,29 @@ def test_gradients_of_rows_past_the_sum_are_zero(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_launches_go_to_the_current_stream(rows: tuple[int, ...], dtype: torch.dtype) -> None:
     """The activations become right on that stream only after a long wait: who launches elsewhere reads NaN."""
-    inputs = make_inputs(Case(rows, N=48, K=96, format="int4_asym", group_size=32, dtype=dtype), DEVICE)
-    for kernel in (*KERNELS.values(), moe):
-        x = torch.full_like(inputs.x, math.nan)
+    inputs = small("int4_asym", dtype, rows)
+    ways: list[Callable[[Inputs], torch.Tensor]] = [
+        lambda i, kernel=kernel: kernel(**arguments(i)) for kernel in (*KERNELS.values(), moe)
+    ]
+    for way in (*ways, lambda i: run_on("torch", i)):
+        way(inputs)  # compiling a kernel takes longer than the wait
+        late = dataclasses.replace(inputs, x=torch.full_like(inputs.x, math.nan))
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
-            x.copy_(inputs.x)
-            got = kernel(**(arguments(inputs) | dict(activations=x)))
+            late.x.copy_(inputs.x)
+            got = way(late)
         stream.synchronize()
         assert_no_worse(got, inputs.oracle, inputs.peer)
 
 
-def test_two_streams_do_not_share_scratch_memory() -> None:
-    needs_grouped_mm()
+@each_backend
+def test_two_streams_do_not_share_scratch_memory(backend: str) -> None:
+    if backend == "torch":
+        needs_grouped_mm()
     cases = [make_inputs(Case((40, 0, 90, 7), 128, 512, "int4_asym", 32), DEVICE, seed) for seed in (0, 1)]
-    expected = [moe_gemm_prefill(**arguments(inputs)) for inputs in cases]
+    expected = [run_on(backend, inputs) for inputs in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     results: list[list[torch.Tensor]] = [[], []]
@@ -430,22 +497,23 @@ def test_two_streams_do_not_share_scratch_memory() -> None:
             with torch.cuda.stream(stream):
                 if not results[i]:
                     torch.cuda._sleep(10_000_000)  # so that both queues fill before either runs
-                results[i].append(moe_gemm_prefill(**arguments(inputs)))
+                results[i].append(run_on(backend, inputs))
     torch.cuda.synchronize()
     for i in range(2):
         wrong = [n for n, result in enumerate(results[i]) if not torch.equal(result, expected[i])]
         assert not wrong, f"stream {i}: calls {wrong} differ"
 
 
-def test_two_threads_on_one_stream() -> None:
+@each_backend
+def test_two_threads_on_one_stream(backend: str) -> None:
     cases = [make_inputs(Case((40, 0, 90, 7), 128, 512, "int4_asym", 32), DEVICE, seed) for seed in (0, 1)]
-    expected = [moe_gemm_prefill(**arguments(inputs)) for inputs in cases]
+    expected = [run_on(backend, inputs) for inputs in cases]
     torch.cuda.synchronize()
     failures: list[str] = []
 
     def work(i: int) -> None:
         try:
-            results = [moe_gemm_prefill(**arguments(cases[i])) for _ in range(50)]
+            results = [run_on(backend, cases[i]) for _ in range(50)]
             torch.cuda.synchronize()
             failures.extend(f"thread {i}, call {n}" for n, r in enumerate(results) if not torch.equal(r, expected[i]))
         except BaseException as error:
@@ -459,12 +527,13 @@ def test_two_threads_on_one_stream() -> None:
     assert not failures, failures[:5]
 
 
-def test_scratch_memory_is_reused_and_released() -> None:
+@each_backend
+def test_scratch_memory_is_reused_and_released(backend: str) -> None:
     inputs = make_inputs(Case(PREFILL, N=256, K=512, format="int4_asym", group_size=32), DEVICE)
     clear_moe_prefill_workspace_cache()
     sizes = []
     for _ in range(4):
-        moe_gemm_prefill(**arguments(inputs))
+        run_on(backend, inputs)
         sizes.append(workspace_bytes())
     assert sizes[1] == sizes[2] == sizes[3] > 0
     torch.cuda.synchronize()
@@ -490,6 +559,7 @@ def test_gradients(fmt: str, dtype: torch.dtype, k: int, rows: tuple[int, ...]) 
     peer = torch.cat([part @ w[e] for e, part in parts])
     for name, call in {
         "grouped_gemm": lambda x: grouped_gemm(x, inputs.weight, inputs.plan),
+        "torch": lambda x: grouped_gemm(x, inputs.weight, inputs.plan, backend="torch"),
         "moe": lambda x: moe(**(arguments(inputs) | dict(activations=x))),
     }.items():
         x = inputs.x.clone().requires_grad_()
@@ -550,10 +620,18 @@ def test_quantize_equals_the_cpu_for_every_scale_dtype(fmt: str, scale_dtype: to
 def test_support_table(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     mixed = not FORMATS[fmt].quantized and dtype != FORMATS[fmt].storage
     inputs = make_inputs(Case(rows, N=16, K=32, format=fmt, group_size=16, dtype=dtype), DEVICE)
-    answers = explain(Problem.of("grouped_gemm", inputs.x, inputs.weight))
-    for answer in answers:
-        must = DEVICE in SUPPORT.get((fmt, answer.backend), ()) and not mixed
-        assert answer.ok == must, f"{answer.backend} answers {answer}; the table says {must}: mend one of them"
+    for backward in (True, False):
+        problem = Problem.of("grouped_gemm", inputs.x, inputs.weight, backward=backward)
+        answers = explain(problem)
+        for answer in answers:
+            must = DEVICE in SUPPORT.get((fmt, answer.backend), ()) and not mixed
+            must = must and not (backward and answer.backend in FORWARD_ONLY)
+            assert answer.ok == must, f"{answer.backend} answers {answer}; the table says {must}: mend one of them"
+            assert bool(answer.reason) == (not answer.ok), "a reason exactly if it cannot"
+        if not mixed:
+            assert select(problem).name == ("torch" if backward else "triton"), "auto prefers packed weights"
+    missing = {backend for name, backend in SUPPORT if name == fmt} - {answer.backend for answer in answers}
+    assert not missing, f"backends in the table that nobody knows: {missing}"
     for backend in [answer.backend for answer in answers if answer.ok]:
         got = grouped_gemm(inputs.x, inputs.weight, inputs.plan, backend=backend)
         assert_no_worse(got, inputs.oracle, inputs.peer)

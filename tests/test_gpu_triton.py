@@ -215,7 +215,9 @@ def test_no_result_depends_on_the_stages(name: str, stages: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_ptx_and_its_twin_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    """All codes: K = 512 holds every byte twice; NaN codes of FP8 are not preserved and left out."""
+    """All codes: K = 512 holds every byte twice. Left out are the FP8 codes that stand for NaN or infinity, which
+    `dequant.py` does not preserve. No scale is above 1: 57344, the largest e5m2 code, times 1.15 is infinite in fp16,
+    and infinity times the zeros of x is NaN in every row, equal to nothing."""
     if not nvidia():
         pytest.skip("PTX runs on NVIDIA")
     from qexperts.kernels import config, prefill, schedule
@@ -224,9 +226,12 @@ def test_ptx_and_its_twin_give_the_same_bits(name: str, dtype: torch.dtype) -> N
     fmt = FORMATS[name]
     codes = torch.arange(256, dtype=torch.uint8).repeat(2 * 16 // fmt.codes_per_byte).view(1, 16, -1)
     if fmt.kind == "fp8":
-        codes = torch.where(torch.isfinite(codes.view(fmt.storage).float()), codes, 0).view(fmt.storage)
+        finite = torch.isfinite(codes.view(fmt.storage).float())
+        assert len(codes[finite].unique()) == {"fp8_e4m3": 254, "fp8_e5m2": 248}[name]
+        codes = torch.where(finite, codes, 0).view(fmt.storage)
     generator = torch.Generator().manual_seed(0)
-    scales = torch.randn(1, 16, codes.shape[2] * fmt.codes_per_byte // 128, generator=generator).to(dtype)
+    scales = torch.rand(1, 16, codes.shape[2] * fmt.codes_per_byte // 128, generator=generator)
+    scales = (2 * scales - 1).to(dtype)
     zeros = torch.randint(0, 2**fmt.bits + 1, scales.shape, generator=generator).to(dtype) if fmt.asym else None
     weight = type(quantize(torch.zeros(1, 16, 128), "int8_sym"))(codes, scales, zeros, fmt, 128).to(device())
     x = torch.eye(weight.K, device=device(), dtype=dtype)  # y = w.T: each weight by itself
@@ -239,5 +244,7 @@ def test_ptx_and_its_twin_give_the_same_bits(name: str, dtype: torch.dtype) -> N
         prepared = operand(prepare(weight, keep_source=True))
         prefill.launch(y, x, prepared, tiles, 1, config.PrefillConfig(64, 64, 3), 4, path)
         results.append(y)
+    expected = dequantize(weight, dtype)[0]
+    assert expected.isfinite().all()
     assert torch.equal(*results)
-    assert torch.equal(results[0].T, dequantize(weight, dtype)[0])
+    assert torch.equal(results[0].T, expected)

@@ -38,7 +38,18 @@ QUANTIZED = [name for name, fmt in FORMATS.items() if fmt.quantized]
 UNQUANTIZED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 # What must run, by (format, backend) and device: a capability that gets lost fails here, not silently elsewhere.
+# "cuda" is checked by test_gpu.py, on NVIDIA from sm_80 on.
 SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
+    ("bf16", "triton"): ("cuda",),
+    ("fp16", "triton"): ("cuda",),
+    ("int8_sym", "triton"): ("cuda",),
+    ("int8_asym", "triton"): ("cuda",),
+    ("int4_sym", "triton"): ("cuda",),
+    ("int4_asym", "triton"): ("cuda",),
+    ("int2_sym", "triton"): ("cuda",),
+    ("int2_asym", "triton"): ("cuda",),
+    ("fp8_e4m3", "triton"): ("cuda",),
+    ("fp8_e5m2", "triton"): ("cuda",),
     ("bf16", "torch"): ("cpu", "cuda"),
     ("fp16", "torch"): ("cpu", "cuda"),
     ("int8_sym", "torch"): ("cpu", "cuda"),
@@ -50,6 +61,7 @@ SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
     ("fp8_e4m3", "torch"): ("cpu", "cuda"),
     ("fp8_e5m2", "torch"): ("cpu", "cuda"),
 }
+FORWARD_ONLY = ("triton",)  # backends whose gradients run on another
 
 
 def name_of(value: object) -> str:
@@ -479,6 +491,7 @@ def test_support_table(fmt: str, dtype: torch.dtype) -> None:
         for answer in answers:
             mixed = fmt in ("bf16", "fp16") and dtype not in (torch.float32, FORMATS[fmt].storage)
             must = "cpu" in SUPPORT.get((fmt, answer.backend), ()) and not mixed
+            must = must and not (backward and answer.backend in FORWARD_ONLY)
             assert answer.ok == must, f"{answer.backend} answers {answer}; the table says {must}: mend one of them"
             assert bool(answer.reason) == (not answer.ok), "a reason exactly if it cannot"
             assert not answer.syncs, "on a CPU there is nothing to wait for"
