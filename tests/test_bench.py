@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qexperts import FORMATS
-from qexperts.bench import measure, providers
+from qexperts.bench import measure, providers, timing
 from qexperts.bench.candidates import Candidate, enumerate_candidates
+from qexperts.bench.environment import environment
 from qexperts.bench.measure import measure_workload
 from qexperts.bench.providers import Binder
 from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
-from qexperts.bench.timing import Sampler, percentile
+from qexperts.bench.timing import CacheFlusher, Sampler, percentile
 from qexperts.bench.workloads import Workload, decode_distribution, make_inputs
 from qexperts.routing import Distribution
 from qexperts.strategies import Strategy, parse_strategy
@@ -191,6 +194,40 @@ def test_rounds_interleave() -> None:
     rounds = [order[i : i + 3] for i in range(0, 9, 3)]  # a warm-up in order, then a new order each round
     assert rounds[0] == [0, 1, 2] and all(sorted(r) == [0, 1, 2] for r in rounds) and rounds[1] != rounds[2]
     assert [len(s) for s in samples] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("device", "flush"), [("cpu", "write"), ("meta", "write+read")])
+def test_caches_are_overwritten_and_on_a_gpu_then_read(
+    device: str, flush: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU: it shows what is called, on which memory."""
+    log: list[tuple[str, Any]] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            log.append((func._opname, args[0]))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(timing, "synchronize", lambda device: log.append(("wait", device)))
+    monkeypatch.setattr(timing, "_last_level_cache", lambda: 3 * 2**20)
+    flusher = CacheFlusher(torch.device(device))
+    for _ in range(2):  # the same buffers each time
+        log.clear()
+        with Log():
+            flusher()
+        assert [name for name, _ in log] == ["zero_", "wait", "amax"][: 1 if flush == "write" else 3]
+        assert log[0][1].nbytes == 6 * 2**20
+        if flush == "write+read":
+            assert log[2][1].nbytes == 9 * 2**20 and log[2][1] is not log[0][1]
+    assert timing.flush_method(torch.device(device)) == flush
+
+
+def test_records_say_how_the_caches_were_made_cold() -> None:
+    candidates = [Candidate(Strategy("grouped"), "base mm")]
+    (made,) = measure_workload(workload(), candidates, CEILINGS, environment(CPU), CPU, rounds=1)
+    assert made.flush == "write"
+    (made,) = measure_workload(workload(), candidates, CEILINGS, ENV | {"flush": "write+read"}, CPU, rounds=1)
+    assert made.flush == "write+read"
 
 
 def test_ceilings_are_positive() -> None:

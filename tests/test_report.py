@@ -17,7 +17,7 @@ import pytest
 
 from qexperts.bench import columns, plots, report
 from qexperts.bench import compare as comparing
-from qexperts.bench.records import Record
+from qexperts.bench.records import Record, record_from_json
 
 
 def record(ms: float | None = 1.0, **changes: Any) -> Record:
@@ -227,6 +227,10 @@ class TestSummary:
         (table,) = markdown_rows(report.render([*INT4, fused], "md", "summary"))
         assert [(row["provider"], row["best ms"]) for row in table] == [("torch", "2.500"), ("fused", "**0.800**")]
         assert table[1]["best speed-up"] == "-"  # no per_expert of this provider
+
+    def test_times_after_different_flushes_share_no_baseline(self) -> None:
+        (table,) = markdown_rows(report.render([record(8.0), grouped(2.0, flush="write+read")], "md", "full"))
+        assert [(row["flush"], row["vs per_expert"]) for row in table] == [("write", "1.00x"), ("write+read", "-")]
 
     def test_a_graph_is_explained(self) -> None:
         text = report.render([record(8.0), record(2.0, graph=True)], "md", "summary")
@@ -461,6 +465,16 @@ class TestCompare:
             r"only in B: .*pad_and_clip\(128\)", text
         )
         assert "A: Device 1, torch 2.11.0" in text and "B: Device 2, torch 2.13.0" in text
+
+    def test_another_flush_is_said(self) -> None:
+        """A record without the field was made by overwriting alone."""
+        old = json.loads(record(10.0).to_json())
+        del old["flush"]
+        a = record_from_json(json.dumps(old), "here")
+        assert a.flush == "write"
+        text = str(comparing.render(comparing.compare([a], [record(9.0, flush="write+read")]), "md"))
+        assert text.count("flush: A write, B write+read: ") == 1
+        assert "flush" not in str(comparing.render(comparing.compare([a], [record(9.0)]), "md"))
 
     def test_the_newest_of_a_key_wins(self) -> None:
         b = [record(20.0, time="2026-02"), record(10.0, time="2026-03"), record(30.0, time="2026-01")]

@@ -195,6 +195,7 @@ WHO = [
     Column("weight_layout", "layout", "", field("weight_layout"), str, "left", "varies", caption="{} weights".format),
     Column("device", "device", "", field("device"), str, "left", "varies", caption=str),
     Column("torch", "torch", "", field("torch"), str, "left", "varies", caption="torch {}".format),
+    Column("flush", "flush", "", field("flush"), str, "left", "varies"),
 ]  # fmt: skip
 _FORMAT = [Column("format", "format", "", field("format"), str, "left")]
 _STRATEGY = [Column("strategy", "strategy", "", lambda row: label(row.record), str, "left", mark=_mark)]

@@ -1,4 +1,4 @@
-"""Where a measurement was made: device, driver, versions, commit, command."""
+"""Where and how a measurement was made: device, driver, versions, commit, command, cold caches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from .timing import flush_method
 
 __all__ = ["device_name", "environment", "pick_device"]
 
@@ -50,7 +51,7 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
-    """Fields of a `Record` that say where and when; no host names, no paths."""
+    """Fields of a `Record` that say where, when and by which method; no host names, no paths."""
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -62,6 +63,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "commit": _commit(),
         "command": shlex.join(["qexperts", *(_portable(argument) for argument in sys.argv[1:])]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "flush": flush_method(device),
     }
 
 

@@ -63,6 +63,7 @@ class Record:
     plan_ms: float | None = None  # planning, from counts on the device to launches; None where the time contains it
     # what was measured
     rounds: int = 0  # samples asked for; an interrupted run has fewer
+    flush: str = "write"  # of the caches, before each sample; "write+read": see `timing.py`; older records: "write"
     status: str = "ok"  # "ok" | "WRONG" | "unsupported"
     reason: str | None = None  # why, when status is not "ok"
     error: float | None = None  # RMS error against the oracle, relative to the oracle's RMS
@@ -128,11 +129,11 @@ class Record:
         return (self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout)
 
     def workload_key(self) -> tuple[Any, ...]:
-        """What was multiplied, apart from the format."""
+        """What was multiplied, apart from the format, where, and after which flush: times that may be compared."""
         return (
             self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens, self.n, self.k,
             self.group_size, self.dtype,
-            self.seed, self.batch, self.top_k, self.device, self.torch,
+            self.seed, self.batch, self.top_k, self.device, self.torch, self.flush,
         )  # fmt: skip
 
     def config_key(self) -> tuple[Any, ...]:
