@@ -232,7 +232,7 @@ def unprepare(weight: QuantWeight) -> QuantWeight:
 
 
 def clear_moe_prefill_workspace_cache() -> None:
-    """Release the scratch memory kept between calls (not that of captured graphs)."""
+    """Release the scratch memory that the torch backend keeps between calls (not that of captured graphs)."""
     clear_workspaces()
 
 
@@ -273,11 +273,7 @@ def run_packed(call: PackedCall, manner: Manner) -> torch.Tensor:
     phase = _phase(plan, phase, decode_threshold)
     if key is not None and weight.codes is call[1] and x is call[0]:
         problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
-        bind = select(problem).bind
-        if bind is not None:
-            if len(_BOUND) >= _MAX_BOUND:
-                _BOUND.clear()
-            _BOUND[key] = bind(problem, weight)
+        _remember(key, select(problem), problem, weight)
     return run_now(where, x, weight, plan, phase=phase, decode_threshold=decode_threshold)
 
 
@@ -286,26 +282,50 @@ _BOUND: dict[tuple[object, ...], Call] = {}
 _MAX_BOUND = 4096
 
 
+def _remember(key: tuple[object, ...], backend: Backend, problem: Problem, weight: QuantWeight) -> None:
+    if backend.bind is not None:
+        if len(_BOUND) >= _MAX_BOUND:
+            _BOUND.clear()
+        _BOUND[key] = backend.bind(problem, weight)
+
+
 def _kind(call: PackedCall, manner: Manner) -> tuple[object, ...] | None:
     """What decides how a call is run, the number of rows excepted; None if it is to be checked each time: on the CPU,
     where the counts are read, with gradients, and for arguments that are no tensors."""
-    x, weights, counts, scales, zeros, *options = call
-    tensors = [t for t in (x, weights, counts, scales, zeros) if t is not None]
-    if not all(isinstance(t, torch.Tensor) for t in tensors) or x.device.type == "cpu" or x.ndim != 2:
+    x, weights, counts, scales, zeros = call[:5]
+    if type(weights) not in _PLAIN or type(counts) not in _PLAIN or x.is_cpu or x.ndim != 2:
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if (scales is not None and type(scales) not in _PLAIN) or (zeros is not None and type(zeros) not in _PLAIN):
         return None
-    kinds = [(t.dtype, t.shape, t.stride(), t.device) for t in tensors[1:]]
+    if torch.is_grad_enabled() and _differentiable(x, weights, scales, zeros):
+        return None
     return (
         manner,
-        *options,
-        scales is None,
-        weights.data_ptr() % 16,
+        *call[5:],
         x.dtype,
         x.shape[1],
         x.stride(),
         x.device,
-        *kinds,
+        weights.data_ptr() & 15,
+        _form(weights),
+        _form(counts),
+        scales if scales is None else _form(scales),
+        zeros if zeros is None else _form(zeros),
+    )
+
+
+def _form(t: torch.Tensor) -> tuple[object, ...]:
+    return t.dtype, t.shape, t.stride(), t.device
+
+
+def _differentiable(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or codes.requires_grad
+        or (scales is not None and scales.requires_grad)
+        or (zeros is not None and zeros.requires_grad)
     )
 
 
@@ -354,8 +374,31 @@ def run_now(
     decode_threshold: int = 4,
     wide: bool = False,
 ) -> torch.Tensor:
+    """Select a backend and run; what has been selected for a weight of this kind before is not selected again."""
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    key: tuple[object, ...] | None = None
+    frozen = not torch.is_grad_enabled() or not _differentiable(x, codes, scales, zeros)
+    if frozen and type(codes) in _PLAIN and not x.is_cpu:
+        key = (
+            backend,
+            phase,
+            decode_threshold,
+            wide,
+            *weight_fields(weight)[3:],
+            x.dtype,
+            x.stride(),
+            codes.data_ptr() & 15,
+            _form(codes),
+            scales if scales is None else _form(scales),
+            zeros if zeros is None else _form(zeros),
+        )
+        known = _BOUND.get(key)
+        if known is not None:
+            return known(x, codes, scales, zeros, plan.counts)
     problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold, wide=wide)
     chosen = select(problem, backend)
+    if key is not None:
+        _remember(key, chosen, problem, weight)
     if not torch.is_grad_enabled():
         return chosen.run(problem, x, weight, plan)
     _check_no_grad(where, weights=weight.codes, scales=weight.scales, zeros=weight.zeros)

@@ -22,13 +22,12 @@ from ..formats import FORMATS, QuantWeight
 from ..layouts import no_tiles
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Take
-from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "DEVICES", "LAYOUT", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout",
+    "DEVICES", "LAYOUT", "BoundCall", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout",
     "permuted", "prefill_config_of", "run", "run_into", "supports",
 ]  # fmt: skip
 
@@ -111,6 +110,9 @@ def no_layout(weight: QuantWeight) -> str | None:
     return no_tiles(weight)
 
 
+Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
+
+
 def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     """y[r] = x[r] @ dequantize(weight)[expert(r)].T; [S, N]; dtype of x, or fp32 for problem.wide.
 
@@ -119,51 +121,105 @@ def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan)
     return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
 
 
-Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
+def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+    """`run` into an existing result."""
+    bind(problem, weight).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
 
 
-def bind(problem: Problem, weight: QuantWeight) -> Call:
+def bind(problem: Problem, weight: QuantWeight) -> BoundCall:
     """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone."""
     from ..kernels.operand import operand
 
-    template = operand(weight)._replace(w=None, s=None, z=None)  # type: ignore[arg-type]  # holds no tensor alive
-    n, wide = weight.N, torch.float32 if problem.wide else None
+    w = operand(weight)
+    key = (w.facts, weight.E, problem.dtype, problem.wide, problem.phase, problem.decode_threshold)
+    call = _BOUND.get(key)
+    if call is None:
+        if len(_BOUND) >= _MAX_BOUND:
+            _BOUND.clear()
+        call = _BOUND[key] = BoundCall(problem, w)
+    return call
 
-    def call(
+
+_BOUND: dict[tuple[object, ...], BoundCall] = {}
+_MAX_BOUND = 4096
+_MAX_PLANS = 1024  # of one bound call: as many S
+
+
+class BoundCall:
+    """A `Call` for one kind of weight and activations. What depends on S is planned once for each S; no tensor is
+    kept alive."""
+
+    def __init__(self, problem: Problem, w: Any) -> None:
+        device = problem.device
+        self._n, self._wide = w.N, problem.wide
+        self._w = w._replace(w=None, s=None, z=None)
+        self._phase, self._limit = problem.phase, min(problem.decode_threshold, 2**31 - 1)  # S is not larger
+        self._device, self._index = device, device.index
+        self._current = _current_index(device)
+        self._plans: dict[tuple[object, ...], tuple[_Decode | _Prefill, ...]] = {}
+
+    def __call__(
+        self,
         x: torch.Tensor,
         codes: torch.Tensor,
         scales: torch.Tensor | None,
         zeros: torch.Tensor | None,
         counts: torch.Tensor,
     ) -> torch.Tensor:
-        y = torch.empty((x.shape[0], n), dtype=wide or x.dtype, device=x.device)
-        if not x.shape[0]:
-            return y
-        w = template.over(codes, scales, zeros)
-        if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
-                _phases(problem, y, x, w, counts)
-            return y
-        _phases(problem, y, x, w, counts)
+        n = self._n
+        y = x.new_empty(x.shape[0], n, dtype=torch.float32) if self._wide else x.new_empty(x.shape[0], n)
+        self.into(y, x, codes, scales, zeros, counts)
         return y
 
-    return call
+    def into(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        zeros: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> None:
+        """The same into an existing result."""
+        if self._current() != self._index:
+            with torch.get_device_module(self._device).device(self._index):
+                return self.into(y, x, codes, scales, zeros, counts)
+        if not counts.is_contiguous():
+            counts = counts.contiguous()
+        key = (x.shape[0], x.stride(0), counts.dtype)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(y, x, counts)
+        s = codes if scales is None else scales  # stand in for what a format does not have
+        z = s if zeros is None else zeros
+        for phase in plan:
+            phase(y, x, codes, s, z, counts)
+
+    def _plan(self, y: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> tuple[_Decode | _Prefill, ...]:
+        s, limit, phase = x.shape[0], self._limit, self._phase
+        if not s:
+            return ()
+        if phase == "auto":
+            phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
+        arguments = (y, x, self._w, counts, limit)
+        if phase == "prefill":
+            return (_Prefill(*arguments, 0),)
+        nvidia = _nvidia(x.device)
+        if phase == "decode" or (nvidia and _plan_decode(x, self._w, counts)[1] == 1):
+            return (_Decode(*arguments, 0),)
+        # a decode that is not split has the bits of a prefill
+        return _Decode(*arguments, 1), _Decode(*arguments, 2) if nvidia else _Prefill(*arguments, 2)
 
 
-def _phases(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor) -> None:
-    s, limit, phase = x.shape[0], problem.decode_threshold, problem.phase
-    if phase == "auto":
-        phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
-    if phase == "prefill":
-        _prefill(problem, y, x, w, counts, 0)
-    elif phase == "decode" or (_nvidia(x.device) and _plan_decode(x, w, counts)[1] == 1):
-        _decode(problem, y, x, w, counts, 0)
-    elif _nvidia(x.device):
-        _decode(problem, y, x, w, counts, 1)
-        _decode(problem, y, x, w, counts, 2)  # not split: the bits of a prefill
-    else:
-        _decode(problem, y, x, w, counts, 1)
-        _prefill(problem, y, x, w, counts, 2)
+def _current_index(device: torch.device) -> Callable[[], int | None]:
+    """What says which device of a type is the current one."""
+    if device.type == "cuda":
+        return torch._C._cuda_getDevice  # torch.cuda.current_device also sees to it that CUDA is initialised
+    if device.type == "cpu":
+        return lambda: device.index
+    return torch.get_device_module(device).current_device  # type: ignore[no-any-return]
 
 
 def _path(device: torch.device) -> str:
@@ -202,70 +258,122 @@ def _plan_decode(x: torch.Tensor, w: Any, counts: torch.Tensor) -> tuple[Any, in
     return _decode_plan(_bits(w), w.N, w.K, w.layout, x.device, min(x.shape[0], counts.shape[0]))
 
 
-def _decode(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, condition: int) -> None:
-    """condition: 0 always, 1 if every expert has at most decode_threshold rows, 2 (as prefill computes it) if not."""
-    from ..kernels import decode
-
-    c, parts = _plan_decode(x, w, counts)
-    if condition == 2:
-        parts = 1
-    part = arena(x.device).take((parts, *y.shape), torch.float32) if parts > 1 else None
-    limit, path = problem.decode_threshold, _path(x.device)
-    _first_call_outside_graphs(x, w, "decode", condition, parts, counts.shape[0])
-    gather = part is not None  # elements two bytes wide, one by one; permuting first is a launch more
-    if not gather:
-        x = _permuted(x, w, arena(x.device).take)
-    decode.launch(y, part, x, w, counts, c, limit, condition, path, gather)
-    if part is not None:
-        decode.launch_reduce(y, part, counts, limit, condition, path)
+# Scratch is allocated in each call: torch's allocator knows streams and the pools of graphs, and keeps what is freed.
 
 
-def _permuted(x: torch.Tensor, w: Any, take: Take) -> torch.Tensor:
-    """x with the columns in the order in which a public weight's codes lie; x itself for any other."""
-    permuted, step = _permute_step(x, w, take)
-    if step is not None:
-        step.run()
-    return permuted
+class _Decode:
+    """The launches of a decode, for tensors that differ from these in values alone.
+
+    Args:
+        w: a weight, without its tensors.
+        condition: 0 always, 1 if every expert has at most limit rows, 2 (as prefill computes it) if not.
+    """
+
+    def __init__(
+        self, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, limit: int, condition: int
+    ) -> None:
+        from ..kernels import decode
+
+        c, parts = _plan_decode(x, w, counts)
+        parts, path = 1 if condition == 2 else parts, _path(x.device)
+        gather = parts > 1  # elements two bytes wide, one by one; permuting first is a launch more
+        self._permute = None
+        if not gather:
+            x, self._permute = _permutation(x, w)
+        self._decode = decode.bind(y, x, w, counts, c, parts, limit, condition, path, gather)
+        self._parts = (parts, *y.shape)
+        self._reduce = decode.bind_reduce(y, counts, parts, limit, condition, path) if parts > 1 else None
+
+    def __call__(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        s: torch.Tensor,
+        z: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        if self._reduce is not None:
+            part = y.new_empty(self._parts, dtype=torch.float32)
+            self._decode(y, part, x, w, s, z, counts)
+            self._reduce(y, part, counts)
+            return
+        if self._permute is not None:
+            x = self._permute(x)
+        self._decode(y, y, x, w, s, z, counts)
+
+
+class _Prefill:
+    """The launches of a prefill, for tensors that differ from these in values alone.
+
+    Args:
+        w: a weight, without its tensors.
+        condition: 0 always, 2 if some expert has more than limit rows.
+    """
+
+    def __init__(
+        self, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, limit: int, condition: int
+    ) -> None:
+        from ..kernels import prefill, schedule
+
+        c, experts = _prefill_config(w, x.device), counts.shape[0]
+        self._size = schedule.size(x.shape[0], experts)
+        self._schedule = schedule.bind(y, counts, limit, condition)
+        x, self._permute = _permutation(x, w)
+        self._prefill = prefill.bind(y, x, w, experts, c, c.programs_per_sm * _processors(y.device), _path(y.device))
+
+    def __call__(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        s: torch.Tensor,
+        z: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        tiles = y.new_empty(self._size, dtype=torch.int32)
+        self._schedule(tiles, y, counts)
+        if self._permute is not None:
+            x = self._permute(x)
+        self._prefill(y, x, w, s, z, tiles)
+
+
+class _Permute:
+    """x with the columns in the order in which a public weight's codes lie."""
+
+    def __init__(self, target: torch.Tensor, x: torch.Tensor, format: str) -> None:
+        from ..kernels import permute
+
+        self._rows, self._columns = target.shape
+        self._launch = permute.bind(target, x, format)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        target = x.new_empty(self._rows, self._columns)
+        self._launch(target, x)
+        return target
+
+
+def _permutation(x: torch.Tensor, w: Any) -> tuple[torch.Tensor, _Permute | None]:
+    """What a kernel reads instead of x, without memory, and how to make it; x itself unless the weight is public."""
+    if w.layout != "public":
+        return x, None
+    target = torch.empty(x.shape[0], _permuted_columns(w), dtype=x.dtype, device="meta")
+    return target, _Permute(target, x, w.format)
+
+
+def _permuted_columns(w: Any) -> int:
+    return -(-w.K // 64) * 64
 
 
 def _permute_step(x: torch.Tensor, w: Any, take: Take) -> tuple[torch.Tensor, Step | None]:
-    """Where `_permuted` has its result, and the step that makes it, if any."""
+    """x as the kernels read it for this weight, and the step that makes it so, if any."""
     from ..kernels import permute
 
     if w.layout != "public":
         return x, None
-    target = take((x.shape[0], -(-w.K // 64) * 64), x.dtype)
-    return target, Step("pad", lambda: permute.launch(target, x, w.format))
-
-
-def _prefill(problem: Problem, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, condition: int) -> None:
-    """condition: 0 always, 2 if some expert has more than decode_threshold rows."""
-    from ..kernels import prefill, schedule
-
-    c = _prefill_config(w, x.device)
-    s, experts, path = x.shape[0], counts.shape[0], _path(x.device)
-    _first_call_outside_graphs(x, w, "prefill", condition, experts)
-    space = arena(x.device)
-    tiles = space.take((schedule.size(s, experts),), torch.int32)
-    schedule.launch(tiles, y, counts, problem.decode_threshold, condition)
-    x = _permuted(x, w, space.take)
-    prefill.launch(y, x, w, tiles, experts, c, c.programs_per_sm * _processors(x.device), path)
-
-
-_seen: set[tuple[object, ...]] = set()
-
-
-def _first_call_outside_graphs(x: torch.Tensor, w: Any, *kind: object) -> None:
-    """Compiling and loading a kernel is not allowed while a graph is captured: ask for a call before."""
-    key = (w.facts, x.dtype, x.stride(0) % 16, *kind)
-    if key in _seen:
-        return
-    if is_capturing(x.device):
-        raise RuntimeError(
-            f"triton backend: the {kind[0]} kernel for {w.format} (N={w.N}, K={w.K}) is not compiled yet, and a CUDA "
-            f"graph is being captured; call once with tensors of this kind before capturing."
-        )
-    _seen.add(key)
+    target = take((x.shape[0], _permuted_columns(w)), x.dtype)
+    launch = permute.bind(target, x, w.format)
+    return target, Step("pad", lambda: launch(target, x))
 
 
 class TileTables:
@@ -330,8 +438,9 @@ class PackedGemm:
             steps = self._decode_steps(x, self._weight, y, plan.counts)
         else:
             s, experts = x.shape[0], plan.num_experts
-            table = self._take((schedule.size(s, experts),), torch.int32)
-            steps = [Step("schedule", lambda: schedule.launch(table, y, plan.counts))]
+            table, counts = self._take((schedule.size(s, experts),), torch.int32), plan.counts
+            make = schedule.bind(y, counts)
+            steps = [Step("schedule", lambda: make(table, y, counts))]
             steps.append(self._prefill_step(x, self._weight, y, table))
         last = steps[-1]
 
@@ -355,8 +464,8 @@ class PackedGemm:
         w = operand(weight)
         device = weight.device
         c, path = prefill_config_of(weight), _path(device)
-        programs = c.programs_per_sm * _processors(device)
-        return Step("gemm", lambda: prefill.launch(out, x, w, table, weight.E, c, programs, path))
+        launch = prefill.bind(out, x, w, weight.E, c, c.programs_per_sm * _processors(device), path)
+        return Step("gemm", lambda: launch(out, x, w.w, w.s, w.z, table))
 
     def _decode_steps(
         self, x: torch.Tensor, weight: QuantWeight, out: torch.Tensor, counts: torch.Tensor
@@ -366,14 +475,16 @@ class PackedGemm:
 
         w = operand(weight)
         (c, parts), path = _plan_decode(x, w, counts), _path(weight.device)
-        part = self._take((parts, *out.shape), torch.float32) if parts > 1 else None
-        gather, steps = part is not None, []
-        if not gather:
+        part = self._take((parts, *out.shape), torch.float32) if parts > 1 else out
+        steps = []
+        if parts == 1:
             x, permute = _permute_step(x, w, self._take)
             steps = [permute] if permute else []
-        steps.append(Step("gemm", lambda: decode.launch(out, part, x, w, counts, c, 0, 0, path, gather)))
-        if part is not None:
-            steps.append(Step("scatter", lambda: decode.launch_reduce(out, part, counts, 0, 0, path)))
+        launch = decode.bind(out, x, w, counts, c, parts, 0, 0, path, parts > 1)
+        steps.append(Step("gemm", lambda: launch(out, part, x, w.w, w.s, w.z, counts)))
+        if parts > 1:
+            reduce = decode.bind_reduce(out, counts, parts, 0, 0, path)
+            steps.append(Step("scatter", lambda: reduce(out, part, counts)))
         return steps
 
 
@@ -397,13 +508,6 @@ def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Te
     from ..kernels.operand import operand
 
     return _permute_step(x, operand(weight), take)
-
-
-def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
-    """`run` into an existing result."""
-    from ..kernels.operand import operand
-
-    _phases(problem, y, x, operand(weight), counts)
 
 
 def interpreted() -> bool:

@@ -13,11 +13,11 @@ import triton.language as tl
 
 from .config import DecodeConfig
 from .dequant import round_to
-from .launcher import Launcher
+from .launcher import Launch, Launcher
 from .operand import Operand
 from .tile import accumulate
 
-__all__ = ["decode_kernel", "launch", "launch_reduce", "reduce_kernel"]
+__all__ = ["bind", "bind_reduce", "decode_kernel", "launch", "launch_reduce", "reduce_kernel"]
 
 
 @triton.jit
@@ -119,8 +119,33 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_LAUNCH = Launcher(decode_kernel)
-_REDUCE = Launcher(reduce_kernel)
+_LAUNCH = Launcher(decode_kernel, "decode")
+_REDUCE = Launcher(reduce_kernel, "reduce")
+
+
+def bind(
+    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, config: DecodeConfig, parts: int,
+    limit: int, condition: int, path: str, gather: bool = True,
+) -> Launch:  # fmt: skip
+    """`launch` for tensors that differ from these in values alone: of y, the parts (y for one), x, w.w, w.s, w.z and
+    counts."""
+    s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
+    gather, wide = gather and w.layout == "public", s * experts >= 2**31
+    constants: dict[str, object] = {
+        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
+        "GATHER_X": gather, "EVEN_K": w.K % config.block_k == 0, "SPLIT": parts > 1, "CONDITION": condition,
+        "WIDE_SUM": wide, "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages, "PATH": path,
+    }  # fmt: skip
+    return _LAUNCH.bind(
+        (w.facts, x.dtype, y.dtype, counts.dtype, stride, config, path, gather, parts > 1, condition, experts, wide),
+        y.device,
+        (_up(w.N, config.block_n), min(s, experts), parts),
+        (s, experts, w.N, w.K, _up(_up(w.K, config.block_k), parts), limit, stride, *w.strides),
+        constants,
+        config.warps,
+        f"{w.format} (N={w.N}, K={w.K})",
+    )
 
 
 def launch(
@@ -133,51 +158,32 @@ def launch(
 
     limit, condition: run only if every expert has at most limit rows (condition 1), or only if not (2); 0 always.
     """
-    s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
-    gather = gather and w.layout == "public"
     parts = 1 if part is None else part.shape[0]
-    constants = lambda: {  # noqa: E731
-        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
-        "GATHER_X": gather, "EVEN_K": w.K % config.block_k == 0, "SPLIT": parts > 1, "CONDITION": condition,
-        "WIDE_SUM": s * experts >= 2**31, "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages, "PATH": path,
+    bound = bind(y, x, w, counts, config, parts, limit, condition, path, gather)
+    bound(y, y if part is None else part, x, w.w, w.s, w.z, counts)
+
+
+def bind_reduce(y: torch.Tensor, counts: torch.Tensor, parts: int, limit: int, condition: int, path: str) -> Launch:
+    """`launch_reduce` for tensors that differ from these in values alone: of y, the parts and counts."""
+    (s, n), experts = y.shape, counts.shape[0]
+    wide = s * experts >= 2**31
+    constants: dict[str, object] = {
+        "PARTS": parts, "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_N": 512, "PATH": path,
     }  # fmt: skip
-    _LAUNCH(
-        (w.key, x.dtype, y.dtype, counts.dtype, stride, (x.data_ptr() | y.data_ptr() | counts.data_ptr()) % 16, config,
-         gather, parts > 1, condition, experts, s * experts >= 2**31),
-        (_up(w.N, config.block_n), min(s, experts), parts),
-        (y, y if part is None else part, x, w.w, w.s, w.z, counts, s, experts, w.N, w.K,
-         _up(_up(w.K, config.block_k), parts), limit, stride,
-         *w.strides),
+    return _REDUCE.bind(
+        (y.dtype, counts.dtype, n, experts, parts, condition, wide, path),
+        y.device,
+        (s, _up(n, 512), 1),
+        (s, experts, n, limit),
         constants,
-        config.warps,
-    )  # fmt: skip
+        4,
+        f"{parts} parts (N={n})",
+    )
 
 
 def launch_reduce(
     y: torch.Tensor, part: torch.Tensor, counts: torch.Tensor, limit: int, condition: int, path: str
 ) -> None:
     """y: [S, N] from part: [parts, S, N]; the rest as `launch`."""
-    (s, n), experts, parts = y.shape, counts.shape[0], part.shape[0]
-    wide = s * experts >= 2**31
-    constants = lambda: {  # noqa: E731
-        "PARTS": parts, "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": triton.next_power_of_2(experts),
-        "BLOCK_N": 512, "PATH": path,
-    }  # fmt: skip
-    _REDUCE(
-        (
-            y.dtype,
-            y.device.index,
-            counts.dtype,
-            (y.data_ptr() | counts.data_ptr()) % 16,
-            n,
-            experts,
-            parts,
-            condition,
-            wide,
-        ),
-        (s, -(-n // 512), 1),
-        (y, part, counts, s, experts, n, limit),
-        constants,
-        4,
-    )
+    bind_reduce(y, counts, part.shape[0], limit, condition, path)(y, part, counts)

@@ -1,47 +1,129 @@
 """Launching a kernel again without Triton's look-up.
 
 Triton finds the compiled kernel of a call by inspecting every argument, which costs more host time than a decode
-kernel runs. A caller that knows what the compiled kernel depends on (dtypes, alignment, sizes, constants) passes that
-as a key; the first call of a key goes through Triton, later ones straight to the driver.
+kernel runs. A launch bound once keeps everything but its tensors. A compiled kernel depends on those by their dtypes,
+which belong to the launch's key, and by where they lie, which every call looks at. The first call for a key and a
+place goes through Triton, later ones straight to the driver, with addresses instead of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
 from typing import Any
 
-__all__ = ["Launcher"]
+import torch
+from triton import knobs
+from triton.runtime import driver
+
+from ..workspace import is_capturing
+
+__all__ = ["Launch", "Launcher"]
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # GPUs before sm_89 have no such pointers: passed as bytes
+_HIP = torch.version.hip is not None
+_address = torch.Tensor.data_ptr
 
 
 class Launcher:
-    """Launches of one @triton.jit function."""
+    """Launches of one @triton.jit function.
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._known: dict[object, tuple[Any, tuple[object, ...]]] = {}
+    Args:
+        name: of the kernel, for error messages.
+    """
 
-    def __call__(
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.kernel = kernel
+        self.name = name
+        self._known: dict[object, dict[object, Any]] = {}
+
+    def bind(
         self,
         key: object,
+        device: torch.device,
         grid: tuple[int, int, int],
-        args: tuple[object, ...],
-        constants: Callable[[], dict[str, object]],
+        sizes: tuple[int, ...],
+        constants: dict[str, object],
         warps: int,
-    ) -> None:
-        """Launch on the current device and stream.
+        what: str,
+    ) -> Launch:
+        """A launch for tensors on a device.
 
         Args:
-            key: hashable; equal only for calls that may share a compiled kernel, device included.
-            args: the arguments before the constants, in order.
-            constants: makes the constants (tl.constexpr), in order.
+            key: hashable; equal only for launches on a device that may share a compiled kernel if their tensors lie
+                alike: dtypes, constants, warps, and the sizes that are specialised.
+            sizes: the arguments between the tensors and the constants, in order.
+            constants: the constants (tl.constexpr), in order.
+            what: the kernel is compiled for, for error messages.
         """
-        known = self._known.get(key)
+        known = self._known.setdefault((device, key), {})
+        return Launch(self, known, device, grid, sizes, constants, warps, what)
+
+
+class Launch:
+    """A launch but for its tensors; holds none alive."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        known: dict[object, Any],
+        device: torch.device,
+        grid: tuple[int, int, int],
+        sizes: tuple[int, ...],
+        constants: dict[str, object],
+        warps: int,
+        what: str,
+    ) -> None:
+        self._launcher, self._known, self._device, self._grid = launcher, known, device, grid
+        self._sizes, self._constants, self._warps, self._what = sizes, constants, warps, what
+        self._index = device.index
+        self._tail = (*sizes, *constants.values())
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the current stream of the device, which has to be the current one.
+
+        Args:
+            tensors: the arguments before the sizes, in order.
+        Raises: RuntimeError if a CUDA graph is being captured and the kernel is not compiled yet.
+        """
+        addresses = tuple(map(_address, tensors))
+        place: object = None
+        if _HIP or functools.reduce(operator.or_, addresses) & 15:
+            place = _place(tensors, addresses)
+        known = self._known.get(place)
         if known is None:
-            made = constants()
-            # said explicitly, since its default changes between Triton releases
-            compiled = self._kernel[grid](*args, **made, num_warps=warps, enable_fp_fusion=True)
-            if compiled is not None:  # the interpreter compiles nothing
-                self._known[key] = compiled, tuple(made.values())
-            return
-        compiled, values = known
-        compiled[grid](*args, *values)
+            return self._first(place, tensors)
+        compiled, run, function, metadata, stream = known
+        if _watched():
+            compiled[self._grid](*tensors, *self._tail)
+        else:
+            run(*self._grid, stream(self._index), function, metadata, None, None, None, *addresses, *self._tail)
+
+    def _first(self, place: object, tensors: tuple[torch.Tensor, ...]) -> None:
+        if is_capturing(self._device):
+            raise RuntimeError(
+                f"triton backend: the {self._launcher.name} kernel for {self._what} is not compiled yet, and a CUDA "
+                f"graph is being captured; call once with tensors of this kind before capturing."
+            )
+        compiled = self._launcher.kernel[self._grid](
+            *(t.view(torch.uint8) if t.dtype in _FLOAT8 else t for t in tensors),
+            *self._sizes,
+            **self._constants,
+            num_warps=self._warps,
+            enable_fp_fusion=True,  # said explicitly, since its default changes between Triton releases
+        )
+        if compiled is not None:  # the interpreter compiles nothing
+            stream = driver.active.get_current_stream
+            self._known[place] = compiled, compiled.run, compiled.function, compiled.packed_metadata, stream
+
+
+def _place(tensors: tuple[torch.Tensor, ...], addresses: tuple[int, ...]) -> tuple[bool, ...]:
+    """What Triton specialises a pointer by: a multiple of 16 bytes; on AMD also memory of less than 2 GiB."""
+    place = tuple([address % 16 == 0 for address in addresses])
+    return place + tuple([t.untyped_storage().nbytes() < 2**31 for t in tensors]) if _HIP else place
+
+
+def _watched() -> bool:
+    """Whether hooks, a profiler's for instance, want to be told of launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -18,9 +18,6 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     return _TL[dtype]
 
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # GPUs before sm_89 have no such pointers: passed as bytes
-
-
 class Operand(NamedTuple):
     """A weight as kernel arguments.
 
@@ -29,8 +26,7 @@ class Operand(NamedTuple):
         strides: of an expert, a row and a k of w (32-bit words, or elements if strided); of an expert, a row and a
             group of s and z.
         layout, scale, group, scale_rows: see `tile.py`.
-        facts: a number that stands for everything here but the tensors.
-        key: what a compiled kernel depends on, besides x and the configuration.
+        facts: a number that stands for everything here but the tensors' memory.
     """
 
     w: torch.Tensor
@@ -45,17 +41,6 @@ class Operand(NamedTuple):
     N: int
     K: int
     facts: int = -1
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.facts, (self.w.data_ptr() | self.s.data_ptr() | self.z.data_ptr()) % 16
-
-    def over(self, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None) -> Operand:
-        """The same kind of weight over other tensors."""
-        if codes.dtype in _FLOAT8:
-            codes = codes.view(torch.uint8)
-        s = codes if scales is None else scales
-        return Operand(codes, s, s if zeros is None else zeros, *self[3:])
 
 
 _FACTS: dict[tuple[object, ...], int] = {}
@@ -82,8 +67,6 @@ def codes_misplaced(weight: QuantWeight) -> bool:
 
 def _operand(weight: QuantWeight) -> Operand:
     codes, scales = weight.codes, weight.scales
-    if codes.dtype in _FLOAT8:
-        codes = codes.view(torch.uint8)
     e, n, k = codes.stride()
     name, size = weight.format.name, (weight.N, weight.K)
     if scales is None:

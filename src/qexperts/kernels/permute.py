@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .dequant import code_bits
-from .launcher import Launcher
+from .launcher import Launch, Launcher
 
-__all__ = ["launch", "permute_kernel"]
+__all__ = ["bind", "launch", "permute_kernel"]
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -35,17 +35,24 @@ def permute_kernel(
     tl.store(y_ptrs, tl.reshape(x, (BLOCK_M, BLOCK_K)), mask=mask & (offs_k < tl.cdiv(K, 64) * 64)[None, :])
 
 
-_LAUNCH = Launcher(permute_kernel)
+_LAUNCH = Launcher(permute_kernel, "permute")
+
+
+def bind(y: torch.Tensor, x: torch.Tensor, format: str) -> Launch:
+    """`launch` for tensors that differ from these in values alone: of y and x."""
+    block_m, block_k = 8, 256
+    (s, k), stride_y, stride_x = x.shape, y.stride(0), x.stride(0)
+    return _LAUNCH.bind(
+        (x.dtype, format, k, stride_y, stride_x),
+        x.device,
+        (-(-s // block_m), -(-y.shape[1] // block_k), 1),
+        (s, k, stride_y, stride_x),
+        {"FORMAT": format, "BLOCK_M": block_m, "BLOCK_K": block_k},
+        4,
+        f"{format} (K={k})",
+    )
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, format: str) -> None:
     """y: [S, K rounded up to 64]; x: [S, K]."""
-    block_m, block_k = 8, 256
-    (s, k), stride_y, stride_x = x.shape, y.stride(0), x.stride(0)
-    _LAUNCH(
-        (x.dtype, x.device.index, format, k, stride_y, stride_x, (x.data_ptr() | y.data_ptr()) % 16),
-        (-(-s // block_m), -(-y.shape[1] // block_k), 1),
-        (y, x, s, k, stride_y, stride_x),
-        lambda: {"FORMAT": format, "BLOCK_M": block_m, "BLOCK_K": block_k},
-        4,
-    )
+    bind(y, x, format)(y, x)

@@ -15,11 +15,11 @@ import triton.language as tl
 from ..plan import max_tiles
 from .config import PrefillConfig
 from .dequant import round_to
-from .launcher import Launcher
+from .launcher import Launch, Launcher
 from .operand import Operand
 from .tile import accumulate
 
-__all__ = ["launch", "prefill_kernel"]
+__all__ = ["bind", "launch", "prefill_kernel"]
 
 
 @triton.jit
@@ -107,7 +107,28 @@ def prefill_kernel(
         unit = following
 
 
-_LAUNCH = Launcher(prefill_kernel)
+_LAUNCH = Launcher(prefill_kernel, "prefill")
+
+
+def bind(
+    y: torch.Tensor, x: torch.Tensor, w: Operand, E: int, config: PrefillConfig, programs: int, path: str
+) -> Launch:
+    """`launch` for tensors that differ from these in values alone: of y, x, w.w, w.s, w.z and a schedule."""
+    tiles, stride = max_tiles(x.shape[0], E), x.stride(0)
+    constants: dict[str, object] = {
+        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
+        "EVEN_K": w.K % config.block_k == 0, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "STAGES": config.stages, "PATH": path,
+    }  # fmt: skip
+    return _LAUNCH.bind(
+        (w.facts, x.dtype, y.dtype, stride, config, path),
+        y.device,
+        (min(programs, tiles * -(-w.N // config.block_n)), 1, 1),
+        (E, w.N, w.K, tiles, stride, *w.strides),
+        constants,
+        config.warps,
+        f"{w.format} (N={w.N}, K={w.K})",
+    )
 
 
 def launch(
@@ -115,16 +136,4 @@ def launch(
     path: str,
 ) -> None:  # fmt: skip
     """y: [S, N]; x: [S, K], permuted if w is public; schedule: of `schedule.py`."""
-    tiles, stride = max_tiles(x.shape[0], E), x.stride(0)
-    constants = lambda: {  # noqa: E731
-        "FORMAT": w.format, "LAYOUT": w.layout, "SCALE": w.scale, "GROUP": w.group, "SCALE_ROWS": w.scale_rows,
-        "EVEN_K": w.K % config.block_k == 0, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "STAGES": config.stages, "PATH": path,
-    }  # fmt: skip
-    _LAUNCH(
-        (w.key, x.dtype, y.dtype, stride, (x.data_ptr() | y.data_ptr()) % 16, config),
-        (min(programs, tiles * -(-w.N // config.block_n)), 1, 1),
-        (y, x, w.w, w.s, w.z, schedule, E, w.N, w.K, tiles, stride, *w.strides),
-        constants,
-        config.warps,
-    )
+    bind(y, x, w, E, config, programs, path)(y, x, w.w, w.s, w.z, schedule)

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from ..plan import max_tiles
-from .launcher import Launcher
+from .launcher import Launch, Launcher
 
-__all__ = ["launch", "size"]
+__all__ = ["bind", "launch", "size"]
 
 
 @triton.jit
@@ -114,7 +114,21 @@ def size(total_tokens: int, num_experts: int) -> int:
     return 4 + num_experts + 1 + 3 * max_tiles(total_tokens, num_experts)
 
 
-_LAUNCH = Launcher(schedule_kernel)
+_LAUNCH = Launcher(schedule_kernel, "schedule")
+
+
+def bind(y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0) -> Launch:
+    """`launch` for tensors that differ from these in values alone: of a schedule, y and counts."""
+    (s, n), experts = y.shape, counts.shape[0]
+    return _LAUNCH.bind(
+        (y.dtype, counts.dtype, n, experts, condition),
+        y.device,
+        (experts + 1, 1, 1),
+        (s, experts, n, limit, max_tiles(s, experts)),
+        {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts)},
+        4,
+        f"{experts} experts (N={n})",
+    )
 
 
 def launch(schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0) -> None:
@@ -122,11 +136,4 @@ def launch(schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit:
 
     limit, condition: with condition 2, no tiles and nothing zeroed if no expert has more than limit rows.
     """
-    (s, n), experts = y.shape, counts.shape[0]
-    _LAUNCH(
-        (y.dtype, y.device.index, counts.dtype, (y.data_ptr() | counts.data_ptr()) % 16, n, experts, condition),
-        (experts + 1, 1, 1),
-        (schedule, y, counts, s, experts, n, limit, max_tiles(s, experts)),
-        lambda: {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts)},
-        4,
-    )
+    bind(y, counts, limit, condition)(schedule, y, counts)
