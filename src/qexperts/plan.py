@@ -192,8 +192,9 @@ def tile_schedule(plan: TokenPlan) -> TileSchedule:
     s, e, device = plan.total_tokens, plan.num_experts, plan.device
     offsets = plan.expert_offsets.long()
     counts = offsets.diff()
-    table = torch.tensor([[c in classes for classes in _REMAINDER] for c in TILE_CLASSES], device=device).long()
-    tiles = table[:, (counts % TILE_ROWS + 15) // 16]  # [4, E] tiles of each class
+    units = (counts % TILE_ROWS + 15) // 16
+    remain = [[u for u, classes in enumerate(_REMAINDER) if c in classes] for c in TILE_CLASSES]
+    tiles = torch.stack([sum((units == u).long() for u in of) for of in remain])  # [4, E] tiles of each class
     tiles[0] += counts // TILE_ROWS
     ends = tiles.flatten().cumsum(0)  # [4 E]
     tile = torch.arange(max_tiles(s, e), device=device)
@@ -205,5 +206,5 @@ def tile_schedule(plan: TokenPlan) -> TileSchedule:
     remainder = offsets[expert] + counts[expert] // TILE_ROWS * TILE_ROWS
     second = torch.where(kind > 1, tiles[1, expert] * 64, 0)  # a tile of 32 or 16 rows comes after one of 64
     row = torch.where(kind == 0, offsets[expert] + in_slot * TILE_ROWS, remainder + second)
-    rows = torch.minimum(offsets[expert + 1] - row, torch.tensor(TILE_CLASSES, device=device)[kind])
+    rows = torch.minimum(offsets[expert + 1] - row, TILE_ROWS >> kind)
     return TileSchedule(*(torch.where(used, t, -1).to(torch.int32) for t in (expert, row, rows)))
