@@ -43,7 +43,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = ("prefill", "decode", "decode-split", "reduce", "schedule", "permute")
+KERNELS = ("prefill", "decode", "decode-auto", "schedule", "permute")
 QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt.quantized)
 N, K, ROWS, EXPERTS = 3072, 1536, 4096, 256  # the recorded workload's projection
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,7 +55,7 @@ class Build:
     """A kernel to compile.
 
     Attributes:
-        kernel: one of `KERNELS`.
+        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
         layout: "tiles", "public", "strided" (unquantized [E, N, K]) or "transposed" (memory order [E, K, N]).
         dtype, scales: of the activations and of the scales.
         group: group size; None for K.
@@ -74,7 +74,7 @@ class Build:
     why: str = ""
 
     def __str__(self) -> str:
-        if self.kernel in ("reduce", "schedule"):
+        if self.kernel == "schedule":
             return f"{self.kernel}-{self.dtype}-{self.target}"
         if self.kernel == "permute":
             return f"{self.kernel}-{self.format}-{self.dtype}-{self.target}"
@@ -152,24 +152,20 @@ def launch(build: Build) -> None:
     counts = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
     weight = meta_weight(build)
     w = operand(weight)
-    assert w.layout == {"transposed": "strided"}.get(build.layout, build.layout), f"{build} is launched as {w.layout}"
+    expected = {"transposed": "strided", "tiles128": "tiles"}
+    assert expected.get(w.layout, w.layout) == expected.get(build.layout, build.layout), f"{build}: {w.layout}"
     tiles = torch.empty(schedule.size(ROWS, EXPERTS), dtype=torch.int32, device="meta")
-    parts = torch.empty(2, ROWS, N, dtype=torch.float32, device="meta")
-    rule = (fmt.bits, build.k, w.layout, nvidia)
     if build.kernel == "schedule":
         schedule.launch(tiles, y, counts)
     elif build.kernel == "permute":
         permute.launch(x, x, fmt.name)
     elif build.kernel == "prefill":
-        kind = "transposed" if w.layout == "strided" and w.strides[2] != 1 else w.layout
-        c = config.prefill_config(fmt.bits, build.k, kind, nvidia, w.group)
+        c = config.prefill_config(w, nvidia)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
-    elif build.kernel == "reduce":
-        decode.launch_reduce(y, parts, counts, 0, 0, path)
     else:
-        part = parts if build.kernel == "decode-split" else None
-        blocks = N // 128 * (EXPERTS if build.many else 8)
-        decode.launch(y, part, x, w, counts, config.decode_config(*rule, blocks, PROCESSORS), 0, 0, path)
+        slots, condition = (EXPERTS if build.many else 8), 2 if build.kernel == "decode-auto" else 0
+        d = config.decode_config(w, nvidia, slots, PROCESSORS)
+        decode.launch(y, x, w, counts, d, 4, condition, path)
 
 
 def compile_launch(build: Build) -> Any:
@@ -233,13 +229,13 @@ def full_matrix() -> list[Build]:
     """Every kernel x format x dtype x layout x target; scales of another dtype and ragged K for sm_90 and gfx942."""
     builds = []
     for target, dtype in itertools.product(TARGETS, ("bf16", "fp16")):
-        builds += [Build(kernel, target, dtype=dtype, scales=dtype) for kernel in ("reduce", "schedule")]
+        builds.append(Build("schedule", target, dtype=dtype, scales=dtype))
         builds += [
             Build("permute", target, fmt, "public", dtype, dtype) for fmt in ("int8_sym", "int4_sym", "int2_sym")
         ]
         for fmt, layout in itertools.product(QUANTIZED, ("tiles", "public")):
             builds.append(Build("decode", target, fmt, layout, dtype, dtype, many=True))
-        for kernel in ("prefill", "decode", "decode-split"):
+        for kernel in ("prefill", "decode", "decode-auto"):
             builds += [Build(kernel, target, dtype, layout, dtype, dtype) for layout in ("strided", "transposed")]
             for fmt, layout in itertools.product(QUANTIZED, ("tiles", "public")):
                 builds.append(Build(kernel, target, fmt, layout, dtype, dtype))

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from cross import KERNELS, TARGETS, Build, compile_launch, compiled, full_matrix, problem
 
 FAMILIES = ("int8_sym", "int4_sym", "int2_sym", "fp8_e4m3")
-GEMMS = ("prefill", "decode", "decode-split")
+GEMMS = ("prefill", "decode", "decode-auto")
 
 SM_90 = [
     *(
@@ -25,7 +25,6 @@ SM_90 = [
     *(Build("decode", format=fmt, layout="tiles", many=True) for fmt in FAMILIES),
     *(Build(kernel, format="bf16", layout="strided") for kernel in GEMMS),
     *(Build("permute", format=fmt, layout="public") for fmt in FAMILIES[:3]),
-    Build("reduce"),
     Build("schedule"),
     Build("prefill", format="bf16", layout="transposed", why="moe_gemm: [E, K, N]"),
     Build("prefill", format="int4_asym", why="the format of most checkpoints: zeros next to the scales"),
@@ -39,7 +38,7 @@ SM_90 = [
 ELSEWHERE = [
     *(Build("prefill", target, fmt) for target in ("sm_80", "sm_100", "gfx942") for fmt in FAMILIES),
     *(Build("prefill", target, "bf16", "strided") for target in ("sm_80", "sm_100", "gfx942")),
-    *(Build(kernel, "gfx942") for kernel in ("decode", "decode-split", "reduce", "schedule")),
+    *(Build(kernel, "gfx942") for kernel in ("decode", "decode-auto", "schedule")),
     Build("permute", "gfx942", layout="public"),
     Build("decode", "sm_80"),
 ]

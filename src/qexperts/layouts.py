@@ -1,8 +1,8 @@
 """Weight layouts besides the public one: exact permutations of it, in plain torch.
 
-"tiles", for the kernels of backend `triton`. Codes: 16 rows x 64 k stand together, and inside a row the 16 codes of
-matrix-fragment lane q = 0..3 in the order in which `kernels/dequant.py` extracts them; bytes and shape stay as they
-are. Scales and zeros: one 32-bit value a row and group, N contiguous. 16-bit scales take the low half; the high half
+"tiles", for the kernels of backend `triton`. Codes: 16 rows x `tile_k` k stand together, row by row; each 64 k of a
+row are its matrix-fragment lanes q = 0..3, 16 codes each, in the order in which `kernels/dequant.py` extracts them;
+bytes and shape stay as they are. Scales and zeros: one 32-bit value a row and group, N contiguous. 16-bit scales take the low half; the high half
 holds the zero, or else the scale once more. fp32 scales and zeros are two tensors.
 """
 
@@ -12,9 +12,14 @@ import torch
 
 from .formats import BLOCK, QuantWeight, WeightFormat
 
-__all__ = ["no_tiles", "restore", "to_layout"]
+__all__ = ["no_tiles", "restore", "tile_k", "to_layout"]
 
 TILE_N, TILE_K = 16, 64
+
+
+def tile_k(bits: int, k: int) -> int:
+    """k of a tile: 128 for codes of less than 8 bits where K allows it, so that threads read whole cache lines."""
+    return 2 * TILE_K if bits < 8 and k % (2 * TILE_K) == 0 else TILE_K
 
 
 def no_tiles(weight: QuantWeight) -> str | None:
@@ -75,16 +80,18 @@ def _bytes(fields: torch.Tensor, bits: int) -> torch.Tensor:
 def to_tiles(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """Codes of one expert, public -> tiles: [N, K / codes_per_byte]; storage dtype of the format; a new tensor."""
     raw, inner = codes.view(torch.uint8), 8 // fmt.bits  # steps of 16 k in a word
-    t = _fields(raw, fmt.bits).view(len(raw) // TILE_N, TILE_N, -1, 4 // inner, inner, 2, 4, 2)
-    t = t.permute(0, 2, 1, 6, 3, 7, 4, 5).flatten(2)  # n, r, b, j, s, h, q, p -> n, b, then r, q, j, p, s, h
+    blocks = tile_k(fmt.bits, codes.shape[1] * fmt.codes_per_byte) // TILE_K
+    t = _fields(raw, fmt.bits).view(len(raw) // TILE_N, TILE_N, -1, blocks, 4 // inner, inner, 2, 4, 2)
+    t = t.permute(0, 2, 1, 3, 7, 4, 8, 5, 6).flatten(2)  # n, r, c, b, j, s, h, q, p -> n, c, then r, b, q, j, p, s, h
     return _bytes(t, fmt.bits).view(codes.shape).view(codes.dtype)
 
 
 def from_tiles(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """Inverse of `to_tiles`."""
     raw, inner = codes.view(torch.uint8), 8 // fmt.bits
-    t = _fields(raw.view(len(raw) // TILE_N, -1, TILE_N * TILE_K * fmt.bits // 8), fmt.bits)
-    t = t.unflatten(2, (TILE_N, 4, 4 // inner, 2, inner, 2)).permute(0, 2, 1, 4, 6, 7, 3, 5)
+    blocks = tile_k(fmt.bits, codes.shape[1] * fmt.codes_per_byte) // TILE_K
+    t = _fields(raw.view(len(raw) // TILE_N, -1, TILE_N * blocks * TILE_K * fmt.bits // 8), fmt.bits)
+    t = t.unflatten(2, (TILE_N, blocks, 4, 4 // inner, 2, inner, 2)).permute(0, 2, 1, 3, 5, 7, 8, 4, 6)
     return _bytes(t.reshape(len(raw), -1), fmt.bits).view(codes.shape).view(codes.dtype)
 
 

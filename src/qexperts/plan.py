@@ -159,7 +159,7 @@ def _check_sum(where: str, num_tokens_per_expert: torch.Tensor, total_tokens: in
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileSchedule:
-    """Tiles of at most 128 rows, none across two experts, largest class first.
+    """Tiles of at most 128 rows, none across two experts; experts with more rows come first.
 
     Attributes:
         tile_expert, tile_row, tile_rows: [max_tiles]; int32; expert, first row and rows of each tile; worst-case
@@ -194,14 +194,16 @@ def tile_schedule(plan: TokenPlan) -> TileSchedule:
     counts = offsets.diff()
     units = (counts % TILE_ROWS + 15) // 16
     remain = [[u for u, classes in enumerate(_REMAINDER) if c in classes] for c in TILE_CLASSES]
-    tiles = torch.stack([sum((units == u).long() for u in of) for of in remain])  # [4, E] tiles of each class
+    per_class = [torch.stack([units == u for u in of]).sum(0) for of in remain]
+    tiles = torch.stack(per_class)  # [4, E] tiles of each class
     tiles[0] += counts // TILE_ROWS
-    ends = tiles.flatten().cumsum(0)  # [4 E]
+    order = counts.argsort(descending=True, stable=True)
+    ends = tiles[:, order].T.flatten().cumsum(0)  # [4 E]
     tile = torch.arange(max_tiles(s, e), device=device)
     slot = torch.searchsorted(ends, tile, right=True)
     used = slot < 4 * e
     slot = slot.clamp(max=4 * e - 1)
-    kind, expert = slot // e, slot % e
+    kind, expert = slot % 4, order[slot // 4]
     in_slot = tile - torch.nn.functional.pad(ends, (1, 0))[slot]
     remainder = offsets[expert] + counts[expert] // TILE_ROWS * TILE_ROWS
     second = torch.where(kind > 1, tiles[1, expert] * 64, 0)  # a tile of 32 or 16 rows comes after one of 64

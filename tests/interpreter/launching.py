@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
 from qexperts import FORMATS, QuantWeight
 from qexperts.kernels import config, decode, permute, prefill, schedule
-from qexperts.kernels.operand import operand
+from qexperts.kernels.operand import Operand, operand
 from qexperts.layouts import to_layout
 from qexperts.reference import grouped_gemm_reference
 from qexperts.testing import Inputs, assert_no_worse, peer_gemm
@@ -48,6 +49,16 @@ def in_layout(weight: QuantWeight, layout: str) -> QuantWeight:
     return prepared.with_tensors(*(framed(t) for t in prepared.tensors))
 
 
+def permuted(x: torch.Tensor, w: Operand) -> torch.Tensor:
+    """x as the kernels read it for this weight."""
+    if w.layout != "public":
+        return x
+    target = unwritten(x.shape[0], -(-w.K // 64) * 64, dtype=x.dtype)
+    permute.launch(target, x, w.format)
+    assert guards_hold(target)
+    return target
+
+
 def multiply(
     x: torch.Tensor,
     weight: QuantWeight,
@@ -56,7 +67,7 @@ def multiply(
     *,
     nvidia: bool = False,
     many: bool = False,
-    parts: int = 1,
+    parts: int | None = None,
     limit: int = 4,
     condition: int = 0,
     dtype: torch.dtype | None = None,
@@ -66,27 +77,19 @@ def multiply(
     nvidia: the tile sizes of NVIDIA GPUs; many: those of a decode with many blocks. parts: of K, in a decode.
     dtype: of the result, by default that of x.
     """
-    s, fmt = x.shape[0], weight.format
+    s = x.shape[0]
     y = unwritten(s, weight.N, dtype=dtype or x.dtype)
     w = operand(weight)
     if phase == "decode":
-        c = config.decode_config(fmt.bits, w.K, w.layout, nvidia, blocks=100 if many else 1, processors=10)
-        part = unwritten(parts, s, w.N, dtype=torch.float32) if parts > 1 else None
-        decode.launch(y, part, x, w, counts, c, limit, condition, PATH)
-        if part is not None:
-            decode.launch_reduce(y, part, counts, limit, condition, PATH)
-            assert guards_hold(part)
+        c = config.decode_config(w, nvidia, slots=100 if many else 1, processors=10)
+        c = dataclasses.replace(c, parts=parts or c.parts)
+        decode.launch(y, permuted(x, w), w, counts, c, limit, condition, PATH)
     else:
-        p = config.prefill_config(fmt.bits, w.K, w.layout, nvidia)
+        p = config.prefill_config(w, nvidia)
         tiles = framed(torch.full((schedule.size(s, weight.E),), -7, dtype=torch.int32))
         schedule.launch(tiles, y, counts, limit, condition)
         assert guards_hold(tiles)
-        if w.layout == "public":
-            permuted = unwritten(s, -(-w.K // 64) * 64, dtype=x.dtype)
-            permute.launch(permuted, x, fmt.name)
-            assert guards_hold(permuted)
-            x = permuted
-        prefill.launch(y, x, w, tiles, weight.E, p, 4, PATH)
+        prefill.launch(y, permuted(x, w), w, tiles, weight.E, p, 4, PATH)
     assert guards_hold(y)
     return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -11,6 +12,9 @@ from launching import DTYPES, QUANTIZED, check, check_unchecked, framed, in_layo
 
 from qexperts import FORMATS, Problem, QuantWeight, TokenPlan, grouped_gemm, moe, moe_gemm, moe_gemm_prefill, quantize
 from qexperts.backends import BACKENDS
+from qexperts.kernels import config
+from qexperts.kernels.operand import operand
+from qexperts.layouts import tile_k
 from qexperts.reference import grouped_gemm_reference
 from qexperts.testing import Case, Inputs, assert_no_worse, make_inputs, nan_filled, peer_gemm
 
@@ -252,7 +256,7 @@ UNCHECKED = [
 ]
 
 
-@pytest.mark.parametrize("phase", [*PHASES, "split", "auto"])
+@pytest.mark.parametrize("phase", [*PHASES, "parts", "auto"])
 @pytest.mark.parametrize("given", UNCHECKED, ids=str)
 def test_counts_that_do_not_add_up(given: Counts, phase: str) -> None:
     counts, total = given.counts, given.total
@@ -265,8 +269,8 @@ def test_counts_that_do_not_add_up(given: Counts, phase: str) -> None:
         run = in_layout(weight, "public")
         y = BACKENDS["triton"].run(Problem.of("test", x, run, phase="auto"), x, run, TokenPlan(tensor, total))
     else:
-        parts = 2 if phase == "split" else 1
-        name = "decode" if phase == "split" else phase
+        parts = 2 if phase == "parts" else 1
+        name = "decode" if phase == "parts" else phase
         y = multiply(framed(x), in_layout(weight, "tiles"), tensor, name, parts=parts)
     check_unchecked(x, weight, counts, y)
 
@@ -306,23 +310,33 @@ def test_rows_that_all_lie_at_one_address() -> None:
 
 
 @pytest.mark.parametrize("layout", ["tiles", "public", "strided"])
-@pytest.mark.parametrize("parts", [2, 3, 4])
-@pytest.mark.parametrize("fmt", ["int4_asym", "int8_sym"])
-def test_split_k(fmt: str, parts: int, layout: str) -> None:
-    """K = 320 is 5 blocks: parts of 3 and 2, of 2, 2 and 1, and of 2, 2, 1 and none."""
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("fmt", ["int4_asym", "int2_sym", "int8_sym"])
+def test_parts_of_k(fmt: str, parts: int, layout: str) -> None:
+    """19 rows are several blocks of rows: a tile of 16 columns has 8 or 4 rows of x."""
     if layout == "strided" and FORMATS[fmt].bits < 8:
         return  # packed codes are contiguous along k
-    check(make_inputs(Case((1, 0, 19), 48, 320, fmt, 32)), layout, "decode", parts=parts)
+    check(make_inputs(Case((1, 0, 19), 48, 512, fmt, 32)), layout, "decode", parts=parts)
 
 
-@pytest.mark.parametrize("fmt", ["int4_sym", "int8_sym", "int2_sym"])
-def test_split_k_of_a_ragged_k(fmt: str) -> None:
-    check(make_inputs(Case((1, 2), 48, 272, fmt, 16)), "public", "decode", parts=2)
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("fmt", ["int4_sym", "int2_asym"])
+def test_parts_of_k_in_the_sizes_of_nvidia(fmt: str, group: int | None) -> None:
+    check(make_inputs(Case((1, 3), 160, 1024, fmt, group)), "tiles", "decode", nvidia=True, parts=4)
 
 
-def test_split_k_over_many_columns() -> None:
-    case = Case((1, 2), 528, 128, "int4_sym", 64, why="reduced 512 columns at a time")
-    check(make_inputs(case), "tiles", "decode", parts=2)
+@pytest.mark.parametrize("group", [0, 16, 64, 128, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_parts_divide_k_into_whole_blocks_tiles_and_groups(bits: int, group: int) -> None:
+    inputs = make_inputs(Case((1,), 16, 1024, f"int{bits}_sym", group or None))
+    w = operand(in_layout(inputs.weight, "tiles"))
+    for k, n, slots in itertools.product(range(64, 4096, 64), (16, 768, 4096), (1, 8, 200)):
+        layout = {64: "tiles", 128: "tiles128"}[tile_k(bits, k)]
+        c = config.decode_config(w._replace(N=n, K=k, layout=layout), True, slots, 132)
+        part = k // c.parts
+        assert (
+            c.parts == 1 or (k % c.parts, part % c.block_k, part % tile_k(bits, k), part % (group or part)) == (0,) * 4
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,20 +361,32 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "condition"), [("decode", 1), ("decode", 2), ("split", 1), ("split", 2), ("prefill", 2)], ids=str
-)
+@pytest.mark.parametrize(("phase", "condition", "parts"), [("decode", 1, 1), ("decode", 1, 2), ("prefill", 2, 1)])
 @pytest.mark.parametrize("case", LIMITS, ids=str)
-def test_conditions(case: Limit, condition: int, kind: str) -> None:
-    """Condition 1 runs for few rows an expert, 2 for more: one of two launches writes, the other nothing."""
+def test_conditions(case: Limit, phase: str, condition: int, parts: int) -> None:
+    """A decode of condition 1 writes for few rows an expert, a prefill of condition 2 for more."""
     inputs = make_inputs(Case((3, 2, 2), 16, 128, "int4_sym", 32))
     weight, counts = in_layout(inputs.weight, "tiles"), torch.tensor(case.counts, dtype=torch.int32)
-    phase, parts = ("decode", 2) if kind == "split" else (kind, 1)
     y = multiply(framed(inputs.x), weight, counts, phase, parts=parts, limit=case.limit, condition=condition)
-    if case.few == (condition == 1):
+    if case.few == (phase == "decode"):
         check_unchecked(inputs.x, inputs.weight, case.counts, y)
     else:
         assert y.isnan().all(), "a launch whose condition does not hold writes nothing"
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("case", LIMITS, ids=str)
+def test_a_decode_in_parts_that_does_as_a_prefill(case: Limit, parts: int) -> None:
+    """Condition 2: parts of K for few rows an expert, and for more the bits of a decode that has none."""
+    inputs = make_inputs(Case((3, 2, 2), 80, 512, "int4_sym", 32))
+    weight, counts = in_layout(inputs.weight, "tiles"), torch.tensor(case.counts, dtype=torch.int32)
+    run = functools.partial(multiply, framed(inputs.x), weight, counts, "decode", dtype=torch.float32)
+    one, several = (run(parts=p) for p in (1, parts))
+    y = run(parts=parts, limit=case.limit, condition=2)
+    check_unchecked(inputs.x, inputs.weight, case.counts, y.to(torch.bfloat16))
+    assert torch.equal(y, several if case.few else one)
+    if max(case.counts) > 0:
+        assert not torch.equal(one, several), "the two ways can be told apart"
 
 
 # ---- through the backend

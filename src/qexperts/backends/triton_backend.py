@@ -1,12 +1,11 @@
 """Backend "triton": kernels that read the packed weights, in plain Triton.
 
-    decode     one launch, two where K is split or in the public layout (x is permuted first): counts are read by the
-               kernel itself
+    decode     one launch, two in the public layout (x is permuted first): counts are read by the kernel itself
     prefill    schedule, then one grouped GEMM; in the public layout x is permuted first, one launch more
 
-Between the shape rules, phase "auto" decides without the host: where decode does not split K and both phases give the
-same bits (NVIDIA), decode runs, which is right for any counts; elsewhere both are launched, and each reads the counts
-and leaves at once if they are the other's.
+Between the shape rules, phase "auto" decides without the host. On NVIDIA the decode kernel has the bits of a prefill,
+unless it computes parts of K side by side; then it reads the counts and does one or the other. Elsewhere both phases
+are launched, and each reads the counts and leaves at once if they are the other's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import FORMATS, QuantWeight
+from ..formats import QuantWeight
 from ..layouts import no_tiles
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Take
@@ -206,11 +205,11 @@ class BoundCall:
         arguments = (y, x, self._w, counts, limit)
         if phase == "prefill":
             return (_Prefill(*arguments, 0),)
-        nvidia = _nvidia(x.device)
-        if phase == "decode" or (nvidia and _plan_decode(x, self._w, counts)[1] == 1):
+        if phase == "decode":
             return (_Decode(*arguments, 0),)
-        # a decode that is not split has the bits of a prefill
-        return _Decode(*arguments, 1), _Decode(*arguments, 2) if nvidia else _Prefill(*arguments, 2)
+        if _nvidia(x.device):  # the decode kernel has the bits of a prefill, unless it computes parts of K
+            return (_Decode(*arguments, 2 if _decode_config(self._w, x.device, s, counts.shape[0]).parts > 1 else 0),)
+        return _Decode(*arguments, 1), _Prefill(*arguments, 2)
 
 
 def _current_index(device: torch.device) -> Callable[[], int | None]:
@@ -228,34 +227,16 @@ def _path(device: torch.device) -> str:
     return "interpreter" if device.type == "cpu" else "portable"
 
 
-@functools.cache
-def _prefill_rule(bits: int, k: int, layout: str, group: int, device: torch.device) -> Any:
+def _prefill_config(w: Any, device: torch.device) -> Any:
     from ..kernels.config import prefill_config
 
-    return prefill_config(bits, k, layout, _nvidia(device), group)
+    return prefill_config(w, _nvidia(device))
 
 
-def _prefill_config(w: Any, device: torch.device) -> Any:
-    transposed = w.layout == "strided" and w.strides[2] != 1
-    return _prefill_rule(_bits(w), w.K, "transposed" if transposed else w.layout, w.group, device)
+def _decode_config(w: Any, device: torch.device, rows: int, experts: int) -> Any:
+    from ..kernels.config import decode_config
 
-
-@functools.cache
-def _decode_plan(bits: int, n: int, k: int, layout: str, device: torch.device, slots: int) -> tuple[Any, int]:
-    """Sizes and the parts of K for `slots` experts with rows."""
-    from ..kernels.config import decode_config, split_k
-
-    processors = _processors(device)
-    c = decode_config(bits, k, layout, _nvidia(device), -(-n // 128) * slots, processors)
-    return c, split_k(-(-n // c.block_n) * slots, -(-k // c.block_k), processors)
-
-
-def _bits(w: Any) -> int:
-    return FORMATS[w.format].bits
-
-
-def _plan_decode(x: torch.Tensor, w: Any, counts: torch.Tensor) -> tuple[Any, int]:
-    return _decode_plan(_bits(w), w.N, w.K, w.layout, x.device, min(x.shape[0], counts.shape[0]))
+    return decode_config(w, _nvidia(device), min(rows, experts), _processors(device))
 
 
 # Scratch is allocated in each call: torch's allocator knows streams and the pools of graphs, and keeps what is freed.
@@ -266,7 +247,7 @@ class _Decode:
 
     Args:
         w: a weight, without its tensors.
-        condition: 0 always, 1 if every expert has at most limit rows, 2 (as prefill computes it) if not.
+        condition: 0 decode, 1 only if no expert has more than limit rows, 2 if one has, do as a prefill does.
     """
 
     def __init__(
@@ -274,15 +255,9 @@ class _Decode:
     ) -> None:
         from ..kernels import decode
 
-        c, parts = _plan_decode(x, w, counts)
-        parts, path = 1 if condition == 2 else parts, _path(x.device)
-        gather = parts > 1  # elements two bytes wide, one by one; permuting first is a launch more
-        self._permute = None
-        if not gather:
-            x, self._permute = _permutation(x, w)
-        self._decode = decode.bind(y, x, w, counts, c, parts, limit, condition, path, gather)
-        self._parts = (parts, *y.shape)
-        self._reduce = decode.bind_reduce(y, counts, parts, limit, condition, path) if parts > 1 else None
+        c = _decode_config(w, x.device, x.shape[0], counts.shape[0])
+        x, self._permute = _permutation(x, w)
+        self._decode = decode.bind(y, x, w, counts, c, limit, condition, _path(y.device))
 
     def __call__(
         self,
@@ -293,14 +268,9 @@ class _Decode:
         z: torch.Tensor,
         counts: torch.Tensor,
     ) -> None:
-        if self._reduce is not None:
-            part = y.new_empty(self._parts, dtype=torch.float32)
-            self._decode(y, part, x, w, s, z, counts)
-            self._reduce(y, part, counts)
-            return
         if self._permute is not None:
             x = self._permute(x)
-        self._decode(y, y, x, w, s, z, counts)
+        self._decode(y, x, w, s, z, counts)
 
 
 class _Prefill:
@@ -474,17 +444,11 @@ class PackedGemm:
         from ..kernels.operand import operand
 
         w = operand(weight)
-        (c, parts), path = _plan_decode(x, w, counts), _path(weight.device)
-        part = self._take((parts, *out.shape), torch.float32) if parts > 1 else out
-        steps = []
-        if parts == 1:
-            x, permute = _permute_step(x, w, self._take)
-            steps = [permute] if permute else []
-        launch = decode.bind(out, x, w, counts, c, parts, 0, 0, path, parts > 1)
-        steps.append(Step("gemm", lambda: launch(out, part, x, w.w, w.s, w.z, counts)))
-        if parts > 1:
-            reduce = decode.bind_reduce(out, counts, parts, 0, 0, path)
-            steps.append(Step("scatter", lambda: reduce(out, part, counts)))
+        c = _decode_config(w, weight.device, x.shape[0], counts.shape[0])
+        x, permute = _permute_step(x, w, self._take)
+        launch = decode.bind(out, x, w, counts, c, 0, 0, _path(weight.device))
+        steps = [] if permute is None else [permute]
+        steps.append(Step("gemm", lambda: launch(out, x, w.w, w.s, w.z, counts)))
         return steps
 
 
@@ -499,8 +463,7 @@ def decode_config_of(weight: QuantWeight, rows: int) -> Any:
     """The tile sizes of a decode of so many rows with this weight."""
     from ..kernels.operand import operand
 
-    w = operand(weight)
-    return _decode_plan(_bits(w), w.N, w.K, w.layout, weight.device, min(rows, weight.E))[0]
+    return _decode_config(operand(weight), weight.device, rows, weight.E)
 
 
 def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Tensor, Step | None]:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import triton
+import triton.language as tl
 
-__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config", "split_k", "valid"]
+from ..formats import FORMATS
+from .operand import Operand
+
+__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config", "valid"]
 
 
 OPERAND_SLICES_OF_64 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
@@ -35,53 +39,60 @@ class PrefillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time."""
+    """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4)."""
 
     block_n: int
     block_k: int
     stages: int
     warps: int = 4
     block_m: int = 16
+    parts: int = 1
 
 
-def prefill_config(bits: int, k: int, layout: str, nvidia: bool, group: int = 128) -> PrefillConfig:
-    """bits: of a code; layout: of the weight, "transposed" for a strided one with N contiguous; group: 0 for a row.
+def prefill_config(w: Operand, nvidia: bool) -> PrefillConfig:
+    """Sizes of a prefill with this weight.
 
     On NVIDIA two programs of 4 warps share a multiprocessor: 113 KiB of shared memory and 255 registers a thread each.
+    Blocks of 128 k fit in that only with one scale of two bytes for each row of the block.
+
     Since 3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which is too much for that: there one
-    program of 8 warps runs alone, without spilling. With Triton 3.6, where both were measured, that is 5-9% slower for
-    4-bit codes and 42-47% for 8-bit ones.
+    program of 8 warps runs alone, without spilling. With Triton 3.6, where both were measured, that is 1% slower for
+    4-bit codes, and 42-47% for 8-bit ones.
     """
-    if not nvidia or layout == "transposed":
+    bits, wide = FORMATS[w.format].bits, w.scale == tl.float32
+    if not nvidia or (w.layout == "strided" and w.strides[2] != 1):  # N is contiguous
         return PrefillConfig(64, 64, 3 if nvidia else 2)
-    if bits == 16 or layout == "strided":
+    if w.layout == "strided":
         return PrefillConfig(128, 64, 3)
+    one_scale = w.group == 128 or (w.group > 128 and w.layout != "public")
+    block_k = 128 if bits < 8 and w.K % 128 == 0 and one_scale and not wide else 64
     if OPERAND_SLICES_OF_64:
-        if bits == 8 or k % 128 or 0 < group < 128:
+        if block_k == 64:
             return PrefillConfig(128, 64, 4, warps=8, programs_per_sm=1)
         return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
-    if k % 128 == 0 and (bits == 2 or (bits == 4 and layout == "public")):
-        return PrefillConfig(128, 128, 3)
-    return PrefillConfig(128, 64, 4)
+    return PrefillConfig(128, block_k, 3 if block_k == 128 else 4)
 
 
-def decode_config(bits: int, k: int, layout: str, nvidia: bool, blocks: int, processors: int) -> DecodeConfig:
-    """blocks: of 128 outputs over all active experts. Codes under 8 bits are bound by instructions, of which blocks of
-    128 rows need fewer; with few blocks, loading more k ahead counts more."""
+def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> DecodeConfig:
+    """Sizes of a decode; slots: active experts at most.
+
+    Blocks of 128 rows of the weight need the fewest instructions a code. Where there are few programs, a block is made
+    of parts of K rather than of rows.
+    """
     if not nvidia:
         return DecodeConfig(64, 64, 2)
-    if bits >= 8:
+    if FORMATS[w.format].bits >= 8:
         return DecodeConfig(64, 64, 4)
-    if blocks < 4 * processors and k % 128 == 0:
-        return DecodeConfig(64, 128, 4)
-    return DecodeConfig(128, 64, 4)
+    block_k = 128 if w.K % 128 == 0 and (w.group == 0 or w.group >= 128) else 64
+    unit, parts = 128 if w.layout == "tiles128" else block_k, 1  # a part is whole tiles
+    while parts < 4 and -(-w.N * parts // 128) * slots < 3 * processors and _splits(w.K, w.group, 2 * parts, unit):
+        parts *= 2
+    return DecodeConfig(128, block_k, 3 if block_k == 128 else 4, parts=parts)
 
 
-def split_k(blocks: int, k_blocks: int, processors: int) -> int:
-    """Parts of K, so that `blocks` programs times parts fill the multiprocessors; each part keeps 4 blocks of K."""
-    if blocks >= processors:
-        return 1
-    return max(1, min(-(-processors // blocks), k_blocks // 4, 8))
+def _splits(k: int, group: int, parts: int, unit: int) -> bool:
+    """Whether K can be computed in that many parts side by side, each of at least two units and of whole groups."""
+    return k % (parts * unit) == 0 and k >= 2 * parts * unit and (group == 0 or k // parts % group == 0)
 
 
 def valid(config: PrefillConfig | DecodeConfig, nvidia: bool) -> str | None:

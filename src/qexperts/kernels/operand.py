@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 
 from ..formats import BLOCK, QuantWeight
+from ..layouts import tile_k
 
 __all__ = ["Operand", "operand", "tl_dtype"]
 
@@ -75,7 +76,8 @@ def _operand(weight: QuantWeight) -> Operand:
     if weight.weight_layout == "tiles":
         group = _group(weight)
         strides = (e // 4, n // 4, 1, scales.stride(0), 1, scales.stride(1))
-        return Operand(codes, scales, zeros, strides, name, "tiles", _TL[weight.scale_dtype], group, 1, *size)
+        layout = "tiles" if tile_k(weight.format.bits, weight.K) == 64 else "tiles128"
+        return Operand(codes, scales, zeros, strides, name, layout, _TL[weight.scale_dtype], group, 1, *size)
     if weight.scale_layout == "tensor":
         se, sn, sg = scales.stride(0), 0, 0
     else:

@@ -24,9 +24,9 @@ __all__ = ["bind", "launch", "prefill_kernel"]
 
 @triton.jit
 def _claim(schedule_ptr, back, units):
-    """The next unit of work from the front (largest tiles) or from the back (smallest), or -1 when all are taken.
+    """The next unit of work from the front (largest experts) or from the back (smallest), or -1 when all are taken.
 
-    Large tiles are bound by the tensor cores, small ones by reading weights: half of the programs start at either
+    Large experts are bound by the tensor cores, small ones by reading weights: half of the programs start at either
     end, so that both are at work at any time.
     """
     ticket = tl.atomic_add(schedule_ptr + 1, 1, sem="relaxed")
@@ -55,7 +55,7 @@ def _tile(
     acc = accumulate(
         acc, x_ptr + row.to(tl.int64) * stride_xm, w_ptr, s_ptr, z_ptr, rows, stride_xm, first_n,
         0, tl.cdiv(K, BLOCK_K) * BLOCK_K, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
-        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, False, EVEN_K, BLOCK_K, STAGES, PATH,
+        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, EVEN_K, BLOCK_K, STAGES, PATH, 1,
     )  # fmt: skip
     _store(y_ptr, acc, row, rows, first_n, N, BLOCK_M, BLOCK_N, PATH)
 

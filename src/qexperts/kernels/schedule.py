@@ -9,7 +9,9 @@ about its class, but no less than one of 32 rows, since its weights are dequanti
     classes                    16    32    64    64    64, 16   64, 32   128   128
 
 Everything is in one int32 buffer: the number of tiles, three counters of `prefill.py` (0), expert_offsets [E+1],
-tile_expert, tile_row and tile_rows [max_tiles]. Tiles come in descending classes, by expert inside a class.
+tile_expert, tile_row and tile_rows [max_tiles]. Experts come in descending order of their rows, each with its tiles in
+descending classes: tiles that are computed at about the same time share weights in the cache, large experts are bound
+by arithmetic and small ones by memory (`prefill.py` takes both ends at once).
 Index glossary: u 16-row units.
 """
 
@@ -44,25 +46,17 @@ def _put(tiles_ptr, MAX_TILES, tile, expert, row, rows, mask):
 
 
 @triton.jit
-def _put_tiles(tiles_ptr, MAX_TILES, before, n128, n64, n32, n16, expert, start, n):
-    """The tiles of one expert; before: [BLOCK_E], the experts ahead of it."""
-    k128, k64, k32, k16 = _classes(n)
-    first = tl.sum(tl.where(before, n128, 0), 0)
-    for i in range(0, k128, 128):
+def _put_tiles(tiles_ptr, MAX_TILES, first, expert, start, n):
+    """The tiles of one expert, from tile `first` on."""
+    n128, n64, n32, n16 = _classes(n)
+    for i in range(0, n128, 128):
         j = i + tl.arange(0, 128)
-        _put(tiles_ptr, MAX_TILES, first + j, expert, start + 128 * j, tl.minimum(n - 128 * j, 128), j < k128)
+        _put(tiles_ptr, MAX_TILES, first + j, expert, start + 128 * j, tl.minimum(n - 128 * j, 128), j < n128)
+    first += n128
     row = start + n // 128 * 128
     left = n % 128
-    of_64 = tl.sum(n128, 0)
-    of_32 = of_64 + tl.sum(n64, 0)
-    of_16 = of_32 + tl.sum(n32, 0)
-    _put(
-        tiles_ptr, MAX_TILES, of_64 + tl.sum(tl.where(before, n64, 0), 0), expert, row, tl.minimum(left, 64), k64 > 0
-    )  # fmt: skip
-    row += 64 * k64
-    left -= 64 * k64
-    _put(tiles_ptr, MAX_TILES, of_32 + tl.sum(tl.where(before, n32, 0), 0), expert, row, left, k32 > 0)
-    _put(tiles_ptr, MAX_TILES, of_16 + tl.sum(tl.where(before, n16, 0), 0), expert, row, left, k16 > 0)
+    _put(tiles_ptr, MAX_TILES, first, expert, row, tl.minimum(left, 64), n64 > 0)
+    _put(tiles_ptr, MAX_TILES, first + n64, expert, row + 64 * n64, left - 64 * n64, n32 + n16 > 0)
 
 
 @triton.jit(do_not_specialize=["S", "E", "LIMIT", "MAX_TILES"])
@@ -78,27 +72,30 @@ def schedule_kernel(
     sums = tl.cumsum(counts, 0)
     ends = tl.minimum(sums, S).to(tl.int32)
     starts = tl.minimum(sums - counts, S).to(tl.int32)
-    n128, n64, n32, n16 = _classes(ends - starts)
+    rows = ends - starts
+    n128, n64, n32, n16 = _classes(rows)
+    tiles = n128 + n64 + n32 + n16
     end = tl.max(ends, 0)
     wanted = end >= 0
     if CONDITION == 2:
-        wanted = tl.max(ends - starts, 0) > LIMIT
+        wanted = tl.max(rows, 0) > LIMIT
     if program < E:
         mine = offs_e == program
         start = tl.sum(tl.where(mine, starts, 0), 0)
-        n = tl.sum(tl.where(mine, ends, 0), 0) - start
+        n = tl.sum(tl.where(mine, rows, 0), 0)
+        before = (rows > n) | ((rows == n) & (offs_e < program))
         tl.store(offsets_ptr + program, start)
-        _put_tiles(tiles_ptr, MAX_TILES, offs_e < program, n128, n64, n32, n16, program, start, n)
+        _put_tiles(tiles_ptr, MAX_TILES, tl.sum(tl.where(before, tiles, 0), 0), program, start, n)
     else:
-        tiles = tl.sum(n128 + n64 + n32 + n16, 0)
-        number = tiles
+        total = tl.sum(tiles, 0)
+        number = total
         if CONDITION == 2:
-            number = tl.where(wanted, tiles, 0)
+            number = tl.where(wanted, total, 0)
         tl.store(schedule_ptr, number)
         for i in range(1, 4):
             tl.store(schedule_ptr + i, 0)  # the counters of `prefill.py`
         tl.store(offsets_ptr + E, end)
-        for i in range(tiles, MAX_TILES, 1024):
+        for i in range(total, MAX_TILES, 1024):
             t = i + tl.arange(0, 1024)
             _put(tiles_ptr, MAX_TILES, t, -1, -1, -1, t < MAX_TILES)
     if wanted:

@@ -8,7 +8,13 @@ Layouts of the weights, Kw = 32-bit words of a row of K codes, J = words of a la
     public    row n at n * stride_wn; block b of 64 k at 4 J b; lane q at J q; columns of x permuted by `slot_to_k`
     tiles     rows 16 i .. 16 i + 15 at 16 Kw i; in it block b at 64 J b; in it row n % 16 at 4 J (n % 16), lane q at
               J q; scales and zeros as words, see `layouts.py`
+    tiles128  the same in pairs of blocks: pair c at 128 J c, in it row n % 16 at 8 J (n % 16), in it block b % 2 at
+              4 J (b % 2)
     strided   elements at n * stride_wn + k * stride_wk (8-bit codes, bf16 and fp16 weights)
+
+PARTS > 1 computes that many parts of K side by side, where an output tile has few rows of x: with R = BLOCK_N / PARTS
+and T = BLOCK_M / PARTS, row p R + n of the tile is row n of the weight in part p, column p T + m is row m of x in part
+p, and what counts are the PARTS blocks on the diagonal; `sum_parts` adds them.
 
 Glossary: B blocks of 64 k in BLOCK_K, q lane of a fragment, J words of a lane in a block, s step of 16 k.
 """
@@ -18,9 +24,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dequant import code_bits, code_value, dequant_words, is_asym, round_to, scale_operand, slot_to_k, zero_operand
+from .dequant import code_bits, code_value, dequant_words, is_asym, round_to, scale_operand, zero_operand
 
-__all__ = ["accumulate"]
+__all__ = ["accumulate", "sum_parts"]
+
+
+@triton.constexpr_function
+def _tile_blocks(layout: str) -> int:
+    """Blocks of 64 k that stand together; 0 if the weight is not tiled."""
+    return {"tiles": 1, "tiles128": 2}.get(layout, 0)
+
+
+@triton.jit
+def _word_offset(k, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where column k, a multiple of BLOCK_K, of the first row of a packed weight begins, in words."""
+    J: tl.constexpr = code_bits(FORMAT) // 2
+    if _tile_blocks(LAYOUT) == 2 and BLOCK_K == 64:
+        offs = k // 128 * (128 * J) + k // 64 % 2 * (4 * J)
+    elif _tile_blocks(LAYOUT) > 0:
+        offs = k // 64 * (64 * J)
+    else:
+        offs = k // 64 * (4 * J)
+    return offs
 
 
 @triton.jit
@@ -80,7 +105,7 @@ def _step_operands(
     GROUP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero operands of the steps in a word, where a block of weights has several groups."""
-    TILES: tl.constexpr = LAYOUT == "tiles"
+    TILES: tl.constexpr = _tile_blocks(LAYOUT) > 0
     BITS: tl.constexpr = code_bits(FORMAT)
     rows = rows[:, None, None, None]
     offs = rows + _step_groups(k, 0, K, FORMAT, not TILES, GROUP, BLOCK_K) * stride_sg
@@ -111,9 +136,10 @@ def _weight_offsets(
     else:
         offs_w = tl.arange(0, BLOCK_K // 64 * 4 * J)
         Kw = K // 64 * (4 * J) if EVEN_K else K * code_bits(FORMAT) // 32
-        if LAYOUT == "tiles":
-            offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * (4 * J))[:, None]
-            offs += (offs_w // (4 * J) * (64 * J) + offs_w % (4 * J))[None, :]
+        if _tile_blocks(LAYOUT) > 0:
+            W: tl.constexpr = 4 * J * _tile_blocks(LAYOUT)  # words of a row in a tile
+            offs = (offs_n // 16 * (16 * Kw) + offs_n % 16 * W)[:, None]
+            offs += (offs_w // W * (16 * W) + offs_w % W)[None, :]
         else:
             offs = (offs_n * stride_wn)[:, None] + offs_w[None, :]
     return offs
@@ -124,13 +150,12 @@ def _load_words(w_ptrs, k, K, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K
     """A block of packed weights: [BLOCK_N, B, 4, J]."""
     J: tl.constexpr = code_bits(FORMAT) // 2
     B: tl.constexpr = BLOCK_K // 64
-    if LAYOUT == "tiles":
-        w = tl.load(w_ptrs + k // 64 * (64 * J))
-    elif EVEN_K:
-        w = tl.load(w_ptrs + k // 64 * (4 * J))
+    w_ptrs += _word_offset(k, FORMAT, LAYOUT, BLOCK_K)
+    if _tile_blocks(LAYOUT) > 0 or EVEN_K:
+        w = tl.load(w_ptrs)
     else:
         words = k // 64 * (4 * J) + tl.arange(0, B * 4 * J)
-        w = tl.load(w_ptrs + k // 64 * (4 * J), mask=(words < K * code_bits(FORMAT) // 32)[None, :], other=0)
+        w = tl.load(w_ptrs, mask=(words < K * code_bits(FORMAT) // 32)[None, :], other=0)
     return tl.reshape(w, (w.shape[0], B, 4, J))
 
 
@@ -164,9 +189,8 @@ def _dot(a, x, acc, PATH: tl.constexpr):
 
 
 @triton.jit
-def _load_x(x_ptr, k, offs_x, columns, rows_x, width_x, EVEN_K: tl.constexpr, MASK_X: tl.constexpr):
-    """Columns k .. of the tile's rows of x: [BLOCK_K, BLOCK_M]."""
-    mask = (tl.arange(0, offs_x.shape[1]) < rows_x)[None, :]
+def _load_x(x_ptr, k, offs_x, columns, mask, width_x, EVEN_K: tl.constexpr, MASK_X: tl.constexpr):
+    """Columns k .. of the tile's rows of x: [BLOCK_K, BLOCK_M]; mask: [1, BLOCK_M]."""
     if EVEN_K and not MASK_X:
         x = tl.load(x_ptr + k + offs_x)
     elif EVEN_K:
@@ -181,8 +205,8 @@ def accumulate(
     acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K,
     stride_wn, stride_wk, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    MASK_X: tl.constexpr, GATHER_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PATH: tl.constexpr,
+    MASK_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """acc: [BLOCK_N, BLOCK_M]; f32.
 
@@ -192,26 +216,40 @@ def accumulate(
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0: one a row. SCALE_ROWS: consecutive n that share a scale.
-        GATHER_X: take columns of x by `slot_to_k`; otherwise, in the public layout, x has been permuted.
+        PARTS: K / PARTS is a multiple of BLOCK_K, of GROUP and of a tile's k; k_start and k_stop are of a part.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    TILES: tl.constexpr = LAYOUT == "tiles"
+    TILES: tl.constexpr = _tile_blocks(LAYOUT) > 0
     ONE: tl.constexpr = LAYOUT != "strided" and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
     AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)  # 2-byte scales are too narrow for asynchronous copies
-    offs_n = tl.minimum(first_n + tl.arange(0, acc.shape[0]), N - 1)
+    row, m = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     columns = tl.arange(0, BLOCK_K)
-    if GATHER_X:
-        columns = slot_to_k(columns, code_bits(FORMAT))
-    offs_m = tl.arange(0, acc.shape[1])  # offsets below are 32 bits wide: half the registers of pointers
-    width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" and not GATHER_X else K  # padded when it was permuted
-    offs_x = columns[:, None] + (offs_m if MASK_X else tl.minimum(offs_m, rows_x - 1))[None, :] * stride_xm
+    width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" else K  # x has been permuted and padded
+    if PARTS > 1:
+        part, part_m = row // (acc.shape[0] // PARTS), m // (acc.shape[1] // PARTS)
+        row, m = row % (acc.shape[0] // PARTS), m % (acc.shape[1] // PARTS)
+        blocks = K // (PARTS * BLOCK_K)  # times BLOCK_K last: the compiler must see what it is a multiple of
+        columns_x = columns[:, None] + (part_m * (blocks * BLOCK_K))[None, :]
+    else:
+        columns_x = columns[:, None]
+    offs_n = tl.minimum(first_n + row, N - 1)  # offsets below are 32 bits wide: half the registers of pointers
+    mask_m = (m < rows_x)[None, :]
+    offs_x = columns_x + (m if MASK_X else tl.minimum(m, rows_x - 1))[None, :] * stride_xm
     rows = offs_n // SCALE_ROWS * stride_sn
-    w_ptrs = w_ptr + _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
+    w_offs = _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
+    if PARTS > 1:
+        if LAYOUT == "strided":
+            w_offs += (part * (blocks * BLOCK_K))[:, None] * stride_wk
+        else:
+            w_offs += _word_offset(part * (blocks * BLOCK_K), FORMAT, LAYOUT, BLOCK_K)[:, None]
+        if GROUP > 0:
+            rows += part * (blocks * BLOCK_K // GROUP) * stride_sg
+    w_ptrs = w_ptr + w_offs
     if AHEAD:
         offs = rows + _group(k_start, GROUP) * stride_sg
         next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-        x = _load_x(x_ptr, k, offs_x, columns, rows_x, width_x, EVEN_K, MASK_X)
+        x = _load_x(x_ptr, k, offs_x, columns, mask_m, width_x, EVEN_K, MASK_X)
         if LAYOUT != "strided":
             w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
             if ONE:
@@ -236,4 +274,17 @@ def accumulate(
                 PATH,
             )  # fmt: skip
         acc = _dot(a, x, acc, PATH)
+    return acc
+
+
+@triton.jit
+def sum_parts(acc, PARTS: tl.constexpr):
+    """Sums over the parts of K of what `accumulate` returns: [BLOCK_N / PARTS, BLOCK_M / PARTS]."""
+    ROWS: tl.constexpr = acc.shape[0] // PARTS
+    COLUMNS: tl.constexpr = acc.shape[1] // PARTS
+    if PARTS > 1:
+        part = tl.arange(0, PARTS)
+        same = part[:, None, None, None] == part[None, None, :, None]
+        acc = tl.sum(tl.where(same, tl.reshape(acc, (PARTS, ROWS, PARTS, COLUMNS)), 0.0), 2)
+        acc = tl.sum(acc, 0)
     return acc
