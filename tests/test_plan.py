@@ -193,8 +193,8 @@ def check_tiles(plan: TokenPlan) -> None:
         covered += range(row, row + rows)
         classes[expert].append(tile_class(rows))
     assert sorted(covered) == list(range(offsets[-1])), "every row of an expert once, no other"
-    order = [(-tile_class(rows), expert, row) for expert, row, rows in real]
-    assert order == sorted(order), "largest class first, in it by expert and row"
+    order = [(-counts[expert], expert, row) for expert, row, _ in real]
+    assert order == sorted(order), "the expert with the most rows first, in it by row"
     for count, found in zip(counts, classes, strict=True):
         left = count % 128
         assert found == [128] * (count // 128) + (list(cheapest(left)) if left else []), f"tiles for {count} rows"

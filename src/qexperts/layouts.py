@@ -2,8 +2,8 @@
 
 "tiles", for the kernels of backend `triton`. Codes: 16 rows x `tile_k` k stand together, row by row; each 64 k of a
 row are its matrix-fragment lanes q = 0..3, 16 codes each, in the order in which `kernels/dequant.py` extracts them;
-bytes and shape stay as they are. Scales and zeros: one 32-bit value a row and group, N contiguous. 16-bit scales take the low half; the high half
-holds the zero, or else the scale once more. fp32 scales and zeros are two tensors.
+bytes and shape stay as they are. Scales and zeros: one 32-bit value a row and group, N contiguous. 16-bit scales take
+the low half; the high half holds the zero, or else the scale once more. fp32 scales and zeros are two tensors.
 """
 
 from __future__ import annotations

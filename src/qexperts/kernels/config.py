@@ -76,17 +76,18 @@ def prefill_config(w: Operand, nvidia: bool) -> PrefillConfig:
 def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> DecodeConfig:
     """Sizes of a decode; slots: active experts at most.
 
-    Blocks of 128 rows of the weight need the fewest instructions a code. Where there are few programs, a block is made
-    of parts of K rather than of rows.
+    Blocks of 128 rows of the weight need the fewest instructions a code, which is what bounds codes under 8 bits; 8-bit
+    ones are bound by memory. Where there are few programs, a block is made of parts of K rather than of rows.
     """
     if not nvidia:
         return DecodeConfig(64, 64, 2)
-    if FORMATS[w.format].bits >= 8:
-        return DecodeConfig(64, 64, 4)
-    block_k = 128 if w.K % 128 == 0 and (w.group == 0 or w.group >= 128) else 64
+    bits = FORMATS[w.format].bits
+    block_k = 128 if bits < 8 and w.K % 128 == 0 and (w.group == 0 or w.group >= 128) else 64
     unit, parts = 128 if w.layout == "tiles128" else block_k, 1  # a part is whole tiles
-    while parts < 4 and -(-w.N * parts // 128) * slots < 3 * processors and _splits(w.K, w.group, 2 * parts, unit):
+    while parts < 4 and -(-w.N * parts // 128) * slots < 2.5 * processors and _splits(w.K, w.group, 2 * parts, unit):
         parts *= 2
+    if bits >= 8 and parts == 1:
+        return DecodeConfig(64, 64, 4)
     return DecodeConfig(128, block_k, 3 if block_k == 128 else 4, parts=parts)
 
 
