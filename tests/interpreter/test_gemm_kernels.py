@@ -306,6 +306,14 @@ def test_rows_that_all_lie_at_one_address() -> None:
         assert_no_worse(y, again.oracle, again.peer)
 
 
+def test_zeros_that_lie_otherwise_than_scales_are_refused() -> None:
+    weight = make_inputs(Case((1,), 16, 128, "int4_asym", 32)).weight
+    assert weight.scales is not None and weight.zeros is not None
+    apart = weight.with_tensors(weight.codes, weight.scales.mT.contiguous().mT, weight.zeros)
+    with pytest.raises(ValueError, match="strides of the scales"):
+        operand(apart)
+
+
 # ---- a decode in parts of K, and calls that the counts decide
 
 

@@ -13,6 +13,7 @@ import operator
 from typing import Any
 
 import torch
+import triton
 from triton import knobs
 from triton.runtime import driver
 
@@ -22,6 +23,7 @@ __all__ = ["Launch", "Launcher"]
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # GPUs before sm_89 have no such pointers: passed as bytes
 _HIP = torch.version.hip is not None
+_TRITON_3_6 = triton.__version__.split(".")[:2] == ["3", "6"]
 _address = torch.Tensor.data_ptr
 
 
@@ -93,11 +95,11 @@ class Launch:
         known = self._known.get(place)
         if known is None:
             return self._first(place, tensors)
-        compiled, run, function, metadata, stream = known
+        compiled, call, head, stream = known
         if _watched():
             compiled[self._grid](*tensors, *self._tail)
         else:
-            run(*self._grid, stream(self._index), function, metadata, None, None, None, *addresses, *self._tail)
+            call(*self._grid, stream(self._index), *head, *addresses, *self._tail)
 
     def _first(self, place: object, tensors: tuple[torch.Tensor, ...]) -> None:
         if is_capturing(self._device):
@@ -113,14 +115,37 @@ class Launch:
             enable_fp_fusion=True,  # said explicitly, since its default changes between Triton releases
         )
         if compiled is not None:  # the interpreter compiles nothing
-            stream = driver.active.get_current_stream
-            self._known[place] = compiled, compiled.run, compiled.function, compiled.packed_metadata, stream
+            self._known[place] = compiled, *_direct(compiled), driver.active.get_current_stream
 
 
 def _place(tensors: tuple[torch.Tensor, ...], addresses: tuple[int, ...]) -> tuple[bool, ...]:
     """What Triton specialises a pointer by: a multiple of 16 bytes; on AMD also memory of less than 2 GiB."""
     place = tuple([address % 16 == 0 for address in addresses])
     return place + tuple([t.untyped_storage().nbytes() < 2**31 for t in tensors]) if _HIP else place
+
+
+def _direct(compiled: Any) -> tuple[Any, tuple[object, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's: no launch metadata, no
+    hooks."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if (
+        _TRITON_3_6
+        and type(run).__name__ == "CudaLauncher"
+        and not (run.global_scratch_size or run.profile_scratch_size)
+    ):
+        # its __call__, where a kernel needs no scratch memory: it only adds arguments, at the cost of a launch
+        return run.launch, (
+            function,
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,
+            None,
+            metadata,
+            None,
+            None,
+            None,
+        )
+    return run, (function, metadata, None, None, None)
 
 
 def _watched() -> bool:

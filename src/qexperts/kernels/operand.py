@@ -54,6 +54,12 @@ def operand(weight: QuantWeight) -> Operand:
             f"{weight}: the codes start at no multiple of 4 bytes, or lie apart in a prepared layout; the kernels read "
             f"whole words. Use codes.contiguous()."
         )
+    scales, zeros = weight.scales, weight.zeros
+    if scales is not None and zeros is not None and scales.stride() != zeros.stride():
+        raise ValueError(
+            f"{weight}: strides of the scales are {scales.stride()}, of the zeros {zeros.stride()}; the kernels read both "
+            f"alike. Use scales.contiguous() and zeros.contiguous()."
+        )
     w = _operand(weight)
     facts = (*w[3:-1], w.w.dtype, w.s.dtype, w.w.device)
     return w._replace(facts=_FACTS.setdefault(facts, len(_FACTS)))
