@@ -57,8 +57,8 @@ def operand(weight: QuantWeight) -> Operand:
     scales, zeros = weight.scales, weight.zeros
     if scales is not None and zeros is not None and scales.stride() != zeros.stride():
         raise ValueError(
-            f"{weight}: strides of the scales are {scales.stride()}, of the zeros {zeros.stride()}; the kernels read both "
-            f"alike. Use scales.contiguous() and zeros.contiguous()."
+            f"{weight}: strides of the scales are {scales.stride()}, of the zeros {zeros.stride()}; the kernels read "
+            f"both alike. Use scales.contiguous() and zeros.contiguous()."
         )
     w = _operand(weight)
     facts = (*w[3:-1], w.w.dtype, w.s.dtype, w.w.device)
