@@ -26,6 +26,9 @@ __all__ = [
     "code_bits",
     "code_value",
     "dequant_words",
+    "fast_exponent",
+    "fast_operands",
+    "fast_words",
     "is_asym",
     "round_to",
     "scale_operand",
@@ -139,6 +142,71 @@ def _fp8(e5m2: bool, bf16: bool, scaled: bool) -> str:
         if scaled:
             lines.append(f"fma.rn.{t} r, r, $5, none;")
         lines.append(f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
+    return "{" + "\n".join(lines) + "}"
+
+
+@triton.constexpr_function
+def fast_exponent() -> int:
+    """What `fast_words` returns is this power of two too small. A scale has to lie between 2^-90 and 2^26."""
+    return 32
+
+
+@triton.constexpr_function
+def _fast_operands(fmt: str) -> str:
+    """$0, $1: scales of a code that starts at bit 0, at bit 4; $2: addend; from $3: s; $4: z, of `scale_operand` and
+    `zero_operand`."""
+    down = -fast_exponent()
+    if fmt.endswith("_asym"):  # z holds 128 -+ zero
+        z = -128.0 if fmt.startswith("int8") else 128.0
+        return (
+            "{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $1, $3;"
+            f"mov.b32 a, {_both(2.0**down, True)}; mov.b32 b, {_both(z * 2.0**down, True)}; fma.rn.bf16x2 $2, $4, a, b;}}"
+        )
+    up, addend = {"fp8_e4m3": (120, 0), "fp8_e5m2": (112, 0)}.get(fmt, (133, -(2.0 ** (code_bits(fmt) - 1))))
+    lines = [".reg .b32 a, none; mov.b32 none, 0x80008000;"]
+    for i, factor in enumerate((2.0 ** (up + down), 2.0 ** (up + down - 4), addend * 2.0**down)):
+        value = _both(factor, True) if factor else "0"
+        lines.append(f"mov.b32 a, {value}; fma.rn.bf16x2 ${i}, $3, a, none;")
+    return "{" + "\n".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _fast(fmt: str) -> str:
+    """A word of codes -> registers of two bf16 values, scaled down: word, scales for bits 0 and 4, addend.
+
+    The lowest 8 bits of a bf16, its exponent's last bit among them, count from 0 in steps of 2^-133. A code stays where
+    it is in such a byte, f times too large, and one multiply-add makes of it
+
+        f c 2^-133 * s 2^(133 - 32) / f - offset s 2^-32 = (c - offset) s 2^-32
+
+    rounded once. With a zero point, whose product with the scale would not be exact, it is (c - zero) 2^-32 first.
+    """
+    bits = code_bits(fmt)
+    steps, word = 8 // bits, 32 // bits
+    lines = [f".reg .b32 r, none, ka, kb, m0, m2, m8, m10; mov.b32 none, 0x80008000; mov.b32 m0, ${word};"]
+    if fmt.startswith("fp8"):
+        shift, mask = (3, 0x0FE0) if fmt == "fp8_e5m2" else (4, 0x07F0)
+        lines.append(f"shl.b32 m8, ${word}, 8;")
+        for h, source in enumerate(("m8", "m0")):
+            lines.append(f"and.b32 r, {source}, 0x80008000; shr.u32 m2, {source}, {shift};")
+            lines.append(f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea; fma.rn.bf16x2 r, r, ${word + 1}, none;")
+            lines.append(f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
+        return "{" + "\n".join(lines) + "}"
+    asym = fmt.endswith("_asym")
+    offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
+    lines += [f"shr.u32 m{at}, m0, {at};" for at in ((8,) if bits > 2 else (2, 8, 10))]
+    up = 133 - fast_exponent()
+    lines.append(f"mov.b32 ka, {_both(2.0**up, True)}; mov.b32 kb, {_both(2.0 ** (up - 4), True)};")
+    for i in range(2 * steps):
+        low = 4 if bits < 8 and bits * i % 8 >= 4 else 0
+        a, b = ((1 << bits) - 1) << low, offset << low
+        lines.append(f"lop3.b32 r, m{bits * i - low}, {a * 0x10001:#x}, {b * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
+        if asym:
+            lines.append(f"fma.rn.bf16x2 r, r, {'kb' if low else 'ka'}, ${word + 3};")
+            lines.append(f"fma.rn.bf16x2 r, r, ${word + 1}, none;")
+        else:
+            lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1)}, ${word + 3};")
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
     return "{" + "\n".join(lines) + "}"
 
 
@@ -295,6 +363,41 @@ def _ptx16(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT: tl.constexpr, DTYPE: tl.co
         )
     t = _join16(o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, oa, ob, oc, od, oe, of)
     return t.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def fast_operands(s, z, FORMAT: tl.constexpr):
+    """From a `scale_operand` and a `zero_operand` of bf16, PTX: what `fast_words` wants."""
+    ASM: tl.constexpr = _fast_operands(FORMAT)
+    return tl.inline_asm_elementwise(ASM, "=r,=r,=r,r,r", [s, z], (tl.int32,) * 3, True, 1)
+
+
+@triton.jit
+def fast_words(w, a, b, c, FORMAT: tl.constexpr):
+    """`dequant_words` for bf16 scales and results and one scale a row, PTX; 2^`fast_exponent` too small.
+
+    Args:
+        w: as there. a, b, c: `fast_operands`, broadcastable to w.
+    Returns: [BLOCK_N, 64 * B]; bf16.
+    """
+    BITS: tl.constexpr = code_bits(FORMAT)
+    ASM: tl.constexpr = _fast(FORMAT)
+    if BITS == 8:
+        o0, o1, o2, o3 = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,r,r,r,r", [w, a, b, c], (tl.int16,) * 4, True, 1)
+        t = tl.permute(_join4(o0, o1, o2, o3), (0, 1, 3, 4, 2, 5))
+    elif BITS == 4:
+        o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
+            ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r", [w, a, b, c], (tl.int16,) * 8, True, 1
+        )
+        t = tl.permute(_join8(o0, o1, o2, o3, o4, o5, o6, o7), (0, 1, 3, 4, 5, 2, 6))
+    else:
+        o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, oa, ob, oc, od, oe, of = tl.inline_asm_elementwise(
+            ASM, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r", [w, a, b, c], (tl.int16,) * 16, True, 1
+        )
+        t = tl.permute(
+            _join16(o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, oa, ob, oc, od, oe, of), (0, 1, 3, 4, 5, 6, 2, 7)
+        )
+    return tl.reshape(t.to(tl.bfloat16, bitcast=True), (w.shape[0], 64 * w.shape[1]))
 
 
 @triton.jit

@@ -24,7 +24,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dequant import code_bits, code_value, dequant_words, is_asym, round_to, scale_operand, zero_operand
+from .dequant import (
+    code_bits,
+    code_value,
+    dequant_words,
+    fast_exponent,
+    fast_operands,
+    fast_words,
+    is_asym,
+    round_to,
+    scale_operand,
+    zero_operand,
+)
 
 __all__ = ["accumulate", "sum_parts"]
 
@@ -208,7 +219,7 @@ def accumulate(
     MASK_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """acc: [BLOCK_N, BLOCK_M]; f32.
+    """acc: [BLOCK_N, BLOCK_M]; f32; of zeros when given.
 
     Args:
         x_ptr: first row of the tile. w_ptr, s_ptr, z_ptr: the expert's.
@@ -221,6 +232,7 @@ def accumulate(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TILES: tl.constexpr = _tile_blocks(LAYOUT) > 0
     ONE: tl.constexpr = LAYOUT != "strided" and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
+    FAST: tl.constexpr = ONE and PATH == "ptx" and tl.bfloat16 == DTYPE and SCALE == DTYPE
     AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)  # 2-byte scales are too narrow for asynchronous copies
     row, m = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     columns = tl.arange(0, BLOCK_K)
@@ -267,13 +279,19 @@ def accumulate(
                 s0, s1, s2, s3, z0, z1, z2, z3 = _step_operands(
                     s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
                 )
-            a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, SCALE != DTYPE)
+            if FAST:
+                s, s_4, c = fast_operands(scale, zero, FORMAT)
+                a = fast_words(w, s[:, None, None, None], s_4[:, None, None, None], c[:, None, None, None], FORMAT)
+            else:
+                a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, SCALE != DTYPE)
         else:
             a = _load_strided(
                 w_ptrs, s_ptr, z_ptr, rows, k, K, stride_wk, stride_sg, FORMAT, SCALE, GROUP, DTYPE, EVEN_K, BLOCK_K,
                 PATH,
             )  # fmt: skip
         acc = _dot(a, x, acc, PATH)
+    if FAST:
+        acc *= 2.0 ** fast_exponent()
     return acc
 
 
