@@ -39,7 +39,8 @@ class PrefillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4)."""
+    """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4);
+    registers of a thread at most, so that more programs are resident (0: no limit)."""
 
     block_n: int
     block_k: int
@@ -47,17 +48,16 @@ class DecodeConfig:
     warps: int = 4
     block_m: int = 16
     parts: int = 1
+    registers: int = 0
 
 
 def prefill_config(w: Operand, nvidia: bool) -> PrefillConfig:
     """Sizes of a prefill with this weight.
 
-    On NVIDIA two programs of 4 warps share a multiprocessor: 113 KiB of shared memory and 255 registers a thread each.
-    Blocks of 128 k fit in that only with one scale of two bytes for each row of the block.
-
-    Since 3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which is too much for that: there one
-    program of 8 warps runs alone, without spilling. With Triton 3.6, where both were measured, that is 1% slower for
-    4-bit codes, and 42-47% for 8-bit ones.
+    On NVIDIA either one program of 8 warps or two of 4 share a multiprocessor: 227 KiB of shared memory and 255
+    registers a thread. Blocks of 128 k fit in that only with one scale of two bytes for each row of the block. Since
+    3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which leaves 8-bit codes only programs of 8
+    warps; with Triton 3.6, where both were measured, those took 20-25% longer (128x128, bf16).
     """
     bits, wide = FORMATS[w.format].bits, w.scale == tl.float32
     if not nvidia or (w.layout == "strided" and w.strides[2] != 1):  # N is contiguous
@@ -65,12 +65,13 @@ def prefill_config(w: Operand, nvidia: bool) -> PrefillConfig:
     if w.layout == "strided":
         return PrefillConfig(128, 64, 3)
     one_scale = w.group == 128 or (w.group > 128 and w.layout != "public")
-    block_k = 128 if bits < 8 and w.K % 128 == 0 and one_scale and not wide else 64
+    if bits < 8 and w.K % 128 == 0 and one_scale and not wide:
+        if w.N % 256 == 0 or OPERAND_SLICES_OF_64:
+            return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
+        return PrefillConfig(128, 128, 3)
     if OPERAND_SLICES_OF_64:
-        if block_k == 64:
-            return PrefillConfig(128, 64, 4, warps=8, programs_per_sm=1)
-        return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
-    return PrefillConfig(128, block_k, 3 if block_k == 128 else 4)
+        return PrefillConfig(128, 64, 4, warps=8, programs_per_sm=1)
+    return PrefillConfig(128, 64, 4)
 
 
 def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> DecodeConfig:
@@ -88,7 +89,10 @@ def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> Deco
         parts *= 2
     if bits >= 8 and parts == 1:
         return DecodeConfig(64, 64, 4)
-    return DecodeConfig(128, block_k, 3 if block_k == 128 else 4, parts=parts)
+    limit = (
+        parts == 1 and w.layout == "tiles128" and w.group >= 128 and not OPERAND_SLICES_OF_64
+    )  # where nothing spills
+    return DecodeConfig(128, block_k, 3 if block_k == 128 else 4, parts=parts, registers=80 if limit else 0)
 
 
 def _splits(k: int, group: int, parts: int, unit: int) -> bool:

@@ -148,6 +148,7 @@ def bind(
         constants,
         config.warps,
         f"{w.format} (N={w.N}, K={w.K})",
+        config.registers,
     )
 
 

@@ -160,7 +160,8 @@ def _fast_operands(fmt: str) -> str:
         z = -128.0 if fmt.startswith("int8") else 128.0
         return (
             "{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $1, $3;"
-            f"mov.b32 a, {_both(2.0**down, True)}; mov.b32 b, {_both(z * 2.0**down, True)}; fma.rn.bf16x2 $2, $4, a, b;}}"
+            f"mov.b32 a, {_both(2.0**down, True)}; mov.b32 b, {_both(z * 2.0**down, True)};"
+            "fma.rn.bf16x2 $2, $4, a, b;}"
         )
     up, addend = {"fp8_e4m3": (120, 0), "fp8_e5m2": (112, 0)}.get(fmt, (133, -(2.0 ** (code_bits(fmt) - 1))))
     lines = [".reg .b32 a, none; mov.b32 none, 0x80008000;"]

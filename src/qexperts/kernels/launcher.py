@@ -48,6 +48,7 @@ class Launcher:
         constants: dict[str, object],
         warps: int,
         what: str,
+        registers: int = 0,
     ) -> Launch:
         """A launch for tensors on a device.
 
@@ -57,9 +58,11 @@ class Launcher:
             sizes: the arguments between the tensors and the constants, in order.
             constants: the constants (tl.constexpr), in order.
             what: the kernel is compiled for, for error messages.
+            registers: of a thread at most, on NVIDIA; 0: as many as the compiler likes.
         """
         known = self._known.setdefault((device, key), {})
-        return Launch(self, known, device, grid, sizes, constants, warps, what)
+        options = {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
+        return Launch(self, known, device, grid, sizes, constants, options, what)
 
 
 class Launch:
@@ -73,11 +76,11 @@ class Launch:
         grid: tuple[int, int, int],
         sizes: tuple[int, ...],
         constants: dict[str, object],
-        warps: int,
+        options: dict[str, int],
         what: str,
     ) -> None:
         self._launcher, self._known, self._device, self._grid = launcher, known, device, grid
-        self._sizes, self._constants, self._warps, self._what = sizes, constants, warps, what
+        self._sizes, self._constants, self._options, self._what = sizes, constants, options, what
         self._index = device.index
         self._tail = (*sizes, *constants.values())
 
@@ -111,7 +114,7 @@ class Launch:
             *(t.view(torch.uint8) if t.dtype in _FLOAT8 else t for t in tensors),
             *self._sizes,
             **self._constants,
-            num_warps=self._warps,
+            **self._options,
             enable_fp_fusion=True,  # said explicitly, since its default changes between Triton releases
         )
         if compiled is not None:  # the interpreter compiles nothing
