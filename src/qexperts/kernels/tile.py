@@ -211,6 +211,68 @@ def _load_x(x_ptr, k, offs_x, columns, mask, width_x, EVEN_K: tl.constexpr, MASK
     return x
 
 
+@triton.constexpr_function
+def _one_group(layout: str, group: int, block_k: int) -> bool:
+    """Whether each row of a block of packed weights has one scale."""
+    return layout != "strided" and (group == 0 or group >= block_k)
+
+
+@triton.constexpr_function
+def _is_fast(layout: str, group: int, block_k: int, path: str, dtype: tl.dtype, scale: tl.dtype) -> bool:
+    """Whether `fast_words` dequantizes."""
+    return _one_group(layout, group, block_k) and path == "ptx" and dtype == scale == tl.bfloat16
+
+
+@triton.jit
+def _offsets(
+    first_n, rows_x, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg,
+    FORMAT: tl.constexpr, LAYOUT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, MASK_X: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Offsets at k = 0, 32 bits wide (half the registers of pointers): of x [BLOCK_K, BLOCK_M] and which of its columns
+    are rows of the tile [1, BLOCK_M], of a block of weights, of the scales [BLOCK_N]."""
+    row, m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)[:, None]
+    if PARTS > 1:
+        part, part_m = row // (BLOCK_N // PARTS), m // (BLOCK_M // PARTS)
+        row, m = row % (BLOCK_N // PARTS), m % (BLOCK_M // PARTS)
+        blocks = K // (PARTS * BLOCK_K)  # times BLOCK_K last: the compiler must see what it is a multiple of
+        columns += (part_m * (blocks * BLOCK_K))[None, :]
+    offs_n = tl.minimum(first_n + row, N - 1)
+    offs_x = columns + (m if MASK_X else tl.minimum(m, rows_x - 1))[None, :] * stride_xm
+    offs_s = offs_n // SCALE_ROWS * stride_sn
+    offs_w = _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
+    if PARTS > 1:
+        if LAYOUT == "strided":
+            offs_w += (part * (blocks * BLOCK_K))[:, None] * stride_wk
+        else:
+            offs_w += _word_offset(part * (blocks * BLOCK_K), FORMAT, LAYOUT, BLOCK_K)[:, None]
+        if GROUP > 0:
+            offs_s += part * (blocks * BLOCK_K // GROUP) * stride_sg
+    return offs_x, (m < rows_x)[None, :], offs_w, offs_s
+
+
+@triton.jit
+def _dequant(
+    w, scale, zero, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT: tl.constexpr, LAYOUT: tl.constexpr,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """A block of packed weights as the matrix operand. scale, zero: [BLOCK_N] if each row has one, else not used."""
+    if _is_fast(LAYOUT, GROUP, BLOCK_K, PATH, DTYPE, SCALE):
+        a, b, c = fast_operands(scale, zero, FORMAT)
+        a = fast_words(w, a[:, None, None, None], b[:, None, None, None], c[:, None, None, None], FORMAT)
+    else:
+        if _one_group(LAYOUT, GROUP, BLOCK_K):
+            s0, z0 = scale[:, None, None, None], zero[:, None, None, None]
+            s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
+        else:
+            s0, s1, s2, s3, z0, z1, z2, z3 = _step_operands(
+                s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
+            )
+        a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, SCALE != DTYPE)
+    return a
+
+
 @triton.jit
 def accumulate(
     acc, x_ptr, w_ptr, s_ptr, z_ptr, rows_x, stride_xm, first_n, k_start, k_stop, N, K,
@@ -231,66 +293,42 @@ def accumulate(
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TILES: tl.constexpr = _tile_blocks(LAYOUT) > 0
-    ONE: tl.constexpr = LAYOUT != "strided" and (GROUP == 0 or GROUP >= BLOCK_K)  # group of a row in a block
-    FAST: tl.constexpr = ONE and PATH == "ptx" and tl.bfloat16 == DTYPE and SCALE == DTYPE
+    ONE: tl.constexpr = _one_group(LAYOUT, GROUP, BLOCK_K)
     AHEAD: tl.constexpr = ONE and (GROUP == 0 or not TILES)  # 2-byte scales are too narrow for asynchronous copies
-    row, m = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    offs_x, mask_m, offs_w, rows = _offsets(
+        first_n, rows_x, N, K, stride_xm, stride_wn, stride_wk, stride_sn, stride_sg, FORMAT, LAYOUT, GROUP, SCALE_ROWS,
+        MASK_X, EVEN_K, acc.shape[1], acc.shape[0], BLOCK_K, PARTS,
+    )  # fmt: skip
+    w_ptrs = w_ptr + offs_w
     columns = tl.arange(0, BLOCK_K)
     width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" else K  # x has been permuted and padded
-    if PARTS > 1:
-        part, part_m = row // (acc.shape[0] // PARTS), m // (acc.shape[1] // PARTS)
-        row, m = row % (acc.shape[0] // PARTS), m % (acc.shape[1] // PARTS)
-        blocks = K // (PARTS * BLOCK_K)  # times BLOCK_K last: the compiler must see what it is a multiple of
-        columns_x = columns[:, None] + (part_m * (blocks * BLOCK_K))[None, :]
-    else:
-        columns_x = columns[:, None]
-    offs_n = tl.minimum(first_n + row, N - 1)  # offsets below are 32 bits wide: half the registers of pointers
-    mask_m = (m < rows_x)[None, :]
-    offs_x = columns_x + (m if MASK_X else tl.minimum(m, rows_x - 1))[None, :] * stride_xm
-    rows = offs_n // SCALE_ROWS * stride_sn
-    w_offs = _weight_offsets(offs_n, K, stride_wn, stride_wk, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
-    if PARTS > 1:
-        if LAYOUT == "strided":
-            w_offs += (part * (blocks * BLOCK_K))[:, None] * stride_wk
-        else:
-            w_offs += _word_offset(part * (blocks * BLOCK_K), FORMAT, LAYOUT, BLOCK_K)[:, None]
-        if GROUP > 0:
-            rows += part * (blocks * BLOCK_K // GROUP) * stride_sg
-    w_ptrs = w_ptr + w_offs
     if AHEAD:
         offs = rows + _group(k_start, GROUP) * stride_sg
         next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
         x = _load_x(x_ptr, k, offs_x, columns, mask_m, width_x, EVEN_K, MASK_X)
-        if LAYOUT != "strided":
-            w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
-            if ONE:
-                if AHEAD:
-                    scale, zero = next_s, next_z
-                    if GROUP > 0:
-                        offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
-                        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
-                else:
-                    offs = rows + _group(k, GROUP) * stride_sg
-                    scale, zero = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
-                s0, z0 = scale[:, None, None, None], zero[:, None, None, None]
-                s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
-            else:
-                s0, s1, s2, s3, z0, z1, z2, z3 = _step_operands(
-                    s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
-                )
-            if FAST:
-                s, s_4, c = fast_operands(scale, zero, FORMAT)
-                a = fast_words(w, s[:, None, None, None], s_4[:, None, None, None], c[:, None, None, None], FORMAT)
-            else:
-                a = dequant_words(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT, DTYPE, PATH, SCALE != DTYPE)
-        else:
+        if LAYOUT == "strided":
             a = _load_strided(
                 w_ptrs, s_ptr, z_ptr, rows, k, K, stride_wk, stride_sg, FORMAT, SCALE, GROUP, DTYPE, EVEN_K, BLOCK_K,
                 PATH,
             )  # fmt: skip
+        else:
+            w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
+            if AHEAD:
+                s, z = next_s, next_z
+                if GROUP > 0:
+                    offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
+                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+            elif ONE:
+                offs = rows + _group(k, GROUP) * stride_sg
+                s, z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+            else:
+                s, z = rows, rows  # not used
+            a = _dequant(
+                w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
+            )
         acc = _dot(a, x, acc, PATH)
-    if FAST:
+    if _is_fast(LAYOUT, GROUP, BLOCK_K, PATH, DTYPE, SCALE):
         acc *= 2.0 ** fast_exponent()
     return acc
 
