@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 import triton
+from hazards import overwritten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -87,7 +88,8 @@ class Build:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A compiled kernel. registers, stack (bytes of a thread), local (STL and LDL) and hgmma: NVIDIA only."""
+    """A compiled kernel. NVIDIA only: registers, stack (bytes of a thread), local (STL and LDL), hgmma, overwritten (of
+    `hazards.py`)."""
 
     build: Build
     seconds: float
@@ -96,6 +98,7 @@ class Result:
     stack: int = 0
     local: int = 0
     hgmma: int = 0
+    overwritten: int = 0
     error: str = ""
 
     @property
@@ -196,8 +199,9 @@ def compiled(build: Build) -> Result:
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     operations = collections.Counter(re.findall(r"\b(STL|LDL|HGMMA)\b", sass))
     return Result(
-        build, seconds, shared, used["REG"], used["STACK"], operations["STL"] + operations["LDL"], operations["HGMMA"]
-    )
+        build, seconds, shared, used["REG"], used["STACK"], operations["STL"] + operations["LDL"], operations["HGMMA"],
+        overwritten=len(overwritten(sass)),
+    )  # fmt: skip
 
 
 def dump(option: str, path: str) -> str:
@@ -220,6 +224,8 @@ def problem(result: Result) -> str:
         return result.error
     if build.kernel == "prefill" and build.target == "sm_90" and not result.hgmma:
         return "no HGMMA: the matrix units of sm_90 are not used"
+    if result.overwritten:
+        return f"{result.overwritten} instructions write over operands that a matrix instruction may still read"
     if build.target == "sm_90" and result.spills:
         return f"spills: {result.stack} bytes of stack, {result.local} STL/LDL, {result.registers} registers"
     return ""

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from cross import KERNELS, TARGETS, Build, compile_launch, compiled, full_matrix, problem
+from hazards import overwritten
 
 FAMILIES = ("int8_sym", "int4_sym", "int2_sym", "fp8_e4m3")
 GEMMS = ("prefill", "decode", "decode-auto")
@@ -54,6 +55,25 @@ def test_sm_90(build: Build) -> None:
 def test_other_targets(build: Build) -> None:
     kernel = compile_launch(build)
     assert kernel.asm["hsaco" if TARGETS[build.target].backend == "hip" else "cubin"]
+
+
+LOOP = """
+    /*0100*/  LDS.64 R{first}, [R9] ;
+    /*0110*/  HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR4], R24 ;
+    /*0120*/  HGMMA.64x16x16.F32.BF16 R32, R44, gdesc[UR8], R32, gsb0 ;
+    /*0130*/  HGMMA.64x16x16.F32.BF16 R24, R48, gdesc[UR4], R24, gsb0 ;
+    /*0140*/  WARPGROUP.DEPBAR.LE gsb0, {left} ;
+    /*0150*/  @!P1 BRA 0x100 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "left", "bad"),
+    [(40, "0x0", 0), (40, "0x1", 0), (46, "0x2", 1), (48, "0x1", 1), (47, "0x1", 1), (50, "0x0", 0)],
+)
+def test_an_operand_in_flight_that_is_overwritten_is_found(first: int, left: str, bad: int) -> None:
+    """Two groups a round; `left` of them may run on into the next, where two registers from `first` are loaded."""
+    assert len(overwritten(LOOP.format(first=first, left=left))) == bad
 
 
 def test_full_matrix_names_each_build_once() -> None:

@@ -72,7 +72,7 @@ def _block(
             acc, x_ptr + r * stride_xm, w_ptr + e * stride_we, s_ptr + e * stride_se, z_ptr + e * stride_se,
             stop - row, stride_xm, first_n, 0, tl.cdiv(K, PARTS * BLOCK_K) * BLOCK_K, N, K,
             stride_wn, stride_wk, stride_sn, stride_sg,
-            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, EVEN_K, BLOCK_K, STAGES, PATH, PARTS,
+            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, EVEN_K, BLOCK_K, STAGES, PATH, PARTS, True,
         )  # fmt: skip
         y = tl.trans(round_to(sum_parts(acc, PARTS), y_ptr.dtype.element_ty, PATH))
         offs_m, offs_n = tl.arange(0, y.shape[0]), first_n + tl.arange(0, y.shape[1])

@@ -279,7 +279,7 @@ def accumulate(
     stride_wn, stride_wk, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     MASK_X: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PATH: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc: [BLOCK_N, BLOCK_M]; f32; of zeros when given.
 
@@ -328,6 +328,8 @@ def accumulate(
                 w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
             )
         acc = _dot(a, x, acc, PATH)
+        if PATH == "ptx" and LAYOUT != "strided" and WAIT:
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)
     if _is_fast(LAYOUT, GROUP, BLOCK_K, PATH, DTYPE, SCALE):
         acc *= 2.0 ** fast_exponent()
     return acc
