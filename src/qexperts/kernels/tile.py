@@ -289,6 +289,8 @@ def accumulate(
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0: one a row. SCALE_ROWS: consecutive n that share a scale.
+        WAIT: finish the matrix instructions of a block before the next, by using the sums. Triton 3.6 does not: it lets
+            them run on while the next operand is written over theirs, unless the assembler puts waits of its own.
         PARTS: K / PARTS is a multiple of BLOCK_K, of GROUP and of a tile's k; k_start and k_stop are of a part.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -328,8 +330,8 @@ def accumulate(
                 w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
             )
         acc = _dot(a, x, acc, PATH)
-        if PATH == "ptx" and LAYOUT != "strided" and WAIT:
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)
+        if WAIT and PATH == "ptx" and LAYOUT != "strided":
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)  # a use of the sums
     if _is_fast(LAYOUT, GROUP, BLOCK_K, PATH, DTYPE, SCALE):
         acc *= 2.0 ** fast_exponent()
     return acc
