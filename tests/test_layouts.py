@@ -9,7 +9,7 @@ import torch
 
 from qexperts import FORMATS, QuantWeight, TokenPlan, dequantize, grouped_gemm, prepare, quantize, unprepare
 from qexperts.backends import BACKENDS
-from qexperts.layouts import from_tiles, no_tiles, restore, to_layout, to_tiles
+from qexperts.layouts import from_tiles, no_tiles, restore, tile_k, to_layout, to_tiles
 from qexperts.reference import exact_weight
 from qexperts.testing import Case, make_inputs
 
@@ -114,7 +114,9 @@ def test_codes_are_permuted(fmt: str, n: int, k: int) -> None:
         value = int(tiles.flatten()[place])
         slot = value.bit_length() - 1
         assert value == 1 << slot and slot % record.bits == 0
-        assert place * 8 // (record.bits * 1024) == row // 16 * (k // 64) + column // 64, "a tile is 16 rows x 64 k"
+        wide, at = tile_k(record.bits, k), place * 8 // record.bits
+        assert at // (16 * wide) == row // 16 * (k // wide) + column // wide, "a tile is 16 rows x tile_k"
+        assert at // wide % 16 == row % 16, "row by row"
         seen.add((place, slot))
     assert len(seen) == len(range(0, n * k, 7))
 

@@ -16,6 +16,9 @@ PARTS > 1 computes that many parts of K side by side, where an output tile has f
 and T = BLOCK_M / PARTS, row p R + n of the tile is row n of the weight in part p, column p T + m is row m of x in part
 p, and what counts are the PARTS blocks on the diagonal; `sum_parts` adds them.
 
+On NVIDIA the matrix instructions of a block run on into the next round. Triton 3.6 lets them do so even while the next
+left operand is written over theirs, unless the assembler puts waits of its own: in decode it does not, hence WAIT.
+
 Glossary: B blocks of 64 k in BLOCK_K, q lane of a fragment, J words of a lane in a block, s step of 16 k.
 """
 
@@ -289,8 +292,7 @@ def accumulate(
         first_n: first row of the weight.
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0: one a row. SCALE_ROWS: consecutive n that share a scale.
-        WAIT: finish the matrix instructions of a block before the next, by using the sums. Triton 3.6 does not: it lets
-            them run on while the next operand is written over theirs, unless the assembler puts waits of its own.
+        WAIT: finish the matrix instructions of a block before the next, by using the sums.
         PARTS: K / PARTS is a multiple of BLOCK_K, of GROUP and of a tile's k; k_start and k_stop are of a part.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
