@@ -50,6 +50,16 @@ SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
     ("int2_asym", "triton"): ("cuda",),
     ("fp8_e4m3", "triton"): ("cuda",),
     ("fp8_e5m2", "triton"): ("cuda",),
+    ("bf16", "cpu"): ("cpu",),
+    ("fp16", "cpu"): ("cpu",),
+    ("int8_sym", "cpu"): ("cpu",),
+    ("int8_asym", "cpu"): ("cpu",),
+    ("int4_sym", "cpu"): ("cpu",),
+    ("int4_asym", "cpu"): ("cpu",),
+    ("int2_sym", "cpu"): ("cpu",),
+    ("int2_asym", "cpu"): ("cpu",),
+    ("fp8_e4m3", "cpu"): ("cpu",),
+    ("fp8_e5m2", "cpu"): ("cpu",),
     ("bf16", "torch"): ("cpu", "cuda"),
     ("fp16", "torch"): ("cpu", "cuda"),
     ("int8_sym", "torch"): ("cpu", "cuda"),
@@ -61,7 +71,7 @@ SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
     ("fp8_e4m3", "torch"): ("cpu", "cuda"),
     ("fp8_e5m2", "torch"): ("cpu", "cuda"),
 }
-FORWARD_ONLY = ("triton",)  # backends whose gradients run on another
+FORWARD_ONLY = ("triton", "cpu")  # backends whose gradients run on another
 
 
 def name_of(value: object) -> str:

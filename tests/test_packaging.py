@@ -31,6 +31,7 @@ LAYERS = (
     "reference",
     "tuning",
     "kernels",
+    "kernels_cpu",
     "strategies",
     "backends",
     "ops",

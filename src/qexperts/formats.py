@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "SCALE_DTYPES", "SCALE_LAYOUTS", "QuantWeight", "WeightFor
 SCALE_LAYOUTS: tuple[str, ...] = ("group", "channel", "tensor", "block128")
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RELEASED = "released"
-WEIGHT_LAYOUTS: tuple[str, ...] = ("public", "tiles")
+WEIGHT_LAYOUTS: tuple[str, ...] = ("public", "tiles", "panels")
 BLOCK = 128  # of scale_layout "block128": 128 x 128 weights share a scale
 
 
@@ -99,8 +99,9 @@ class QuantWeight:
         format: the `WeightFormat`, or its name.
         group_size: consecutive k sharing a scale; K for "channel"; None for the layouts without groups.
         scale_layout: one of `SCALE_LAYOUTS`; "none" if unquantized.
-        weight_layout: "public" (the shapes above) or "tiles" (see `layouts.py`): codes in another order; scales int32
-            or fp32 [E, groups, N]; zeros fp32 like them, or inside the int32 words.
+        weight_layout: "public" (the shapes above), "tiles" or "panels" (see `layouts.py`): codes in another order;
+            scales [E, groups, N], int32 or fp32 in "tiles", scale_dtype in "panels"; zeros like them, or inside the
+            int32 words.
         scale_dtype: dtype of the scales a public weight has; to be given for any other layout.
 
     Raises: ValueError if shapes, dtypes, devices or options disagree. Values are not read: no host sync.
@@ -163,6 +164,13 @@ class QuantWeight:
         *apart, k = self.codes.stride()
         size = self.codes.element_size()
         return k == 1 and all(step * size % 4 == 0 for step in (*apart, self.codes.storage_offset()))
+
+    @property
+    def code_order(self) -> str:
+        """ "rows" if each row of codes is contiguous, "columns" if each column is, else "strided"."""
+        if self.codes.stride(-1) == 1 or self.codes.shape[-1] == 1:
+            return "rows"
+        return "columns" if self.codes.stride(-2) == 1 else "strided"
 
     def check_alive(self, where: str) -> None:
         """Raise ValueError if another weight has taken the memory over (see `release`)."""
@@ -295,17 +303,19 @@ def _check(w: QuantWeight) -> None:
 
 
 def _check_words(where: str, w: QuantWeight) -> None:
-    """Scales and zeros of the layout "tiles"."""
+    """Scales and zeros of the layouts "tiles" and "panels"."""
     if w.scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"{where}: scale_dtype is {w.scale_dtype}; expected one of {SCALE_DTYPES}.")
-    wide = w.scale_dtype == torch.float32
+    apart = w.weight_layout == "panels" or w.scale_dtype == torch.float32
+    dtype = w.scale_dtype if apart else torch.int32
     groups = scales_shape(w.scale_layout, w.E, w.N, w.K, w.group_size)[2] if w.scale_layout != "tensor" else 1
     shape = (w.E, groups, w.N)
-    _check_parameter(where, w, "scales", w.scales, (torch.float32 if wide else torch.int32,), shape)
-    if w.format.asym and wide:
-        _check_parameter(where, w, "zeros", w.zeros, (torch.float32,), shape)
+    _check_parameter(where, w, "scales", w.scales, (dtype,), shape)
+    if w.format.asym and apart:
+        _check_parameter(where, w, "zeros", w.zeros, (dtype,), shape)
     elif w.zeros is not None:
-        raise ValueError(f"{where}: zeros given; they are in the words of the scales.")
+        kept = "they are in the words of the scales" if w.format.asym else "a symmetric or fp8 format has none"
+        raise ValueError(f"{where}: zeros given; {kept}.")
 
 
 def _check_parameter(

@@ -4,6 +4,9 @@
 row are its matrix-fragment lanes q = 0..3, 16 codes each, in the order in which `kernels/dequant.py` extracts them;
 bytes and shape stay as they are. Scales and zeros: one 32-bit value a row and group, N contiguous. 16-bit scales take
 the low half; the high half holds the zero, or else the scale once more. fp32 scales and zeros are two tensors.
+
+"panels", for the kernels of backend `cpu`. Codes: 16 rows stand together; of each in turn 32 bits of codes, then the
+next 32 bits of each. Scales and zeros: their own dtype, one value a row and group, N contiguous.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import torch
 
 from .formats import BLOCK, QuantWeight, WeightFormat
 
-__all__ = ["no_tiles", "restore", "tile_k", "to_layout"]
+__all__ = ["no_panels", "no_tiles", "restore", "tile_k", "to_layout"]
 
 TILE_N, TILE_K = 16, 64
+PANEL_N, PANEL_K = 16, 16
 
 
 def tile_k(bits: int, k: int) -> int:
@@ -31,13 +35,26 @@ def no_tiles(weight: QuantWeight) -> str | None:
     return None if weight.codes.is_contiguous() else "the codes are a strided view"
 
 
+def no_panels(weight: QuantWeight) -> str | None:
+    """Why a public weight has no "panels" layout, or None."""
+    if not weight.format.quantized:
+        return f"{weight.format.name} weights are read as they are"
+    if weight.K % PANEL_K:
+        return f"K={weight.K} is not a multiple of {PANEL_K}"
+    return None if weight.codes.is_contiguous() else "the codes are a strided view"
+
+
 def to_layout(weight: QuantWeight, layout: str) -> QuantWeight:
     """A public weight in another layout; the codes are permuted in place, expert by expert."""
     if layout == "public":
         return weight
+    permute = to_tiles if layout == "tiles" else to_panels
     for expert in range(weight.E):
-        weight.codes[expert] = to_tiles(weight.codes[expert], weight.format)
-    scales, zeros = _to_words(weight)
+        weight.codes[expert] = permute(weight.codes[expert], weight.format)
+    if layout == "tiles":
+        scales, zeros = _to_words(weight)
+    else:
+        scales, zeros = (_rows(t, weight) for t in (weight.scales, weight.zeros))
     return QuantWeight(
         weight.codes, scales, zeros, weight.format, weight.group_size, weight.scale_layout, layout, weight.scale_dtype
     )
@@ -52,9 +69,10 @@ def restore(weight: QuantWeight) -> QuantWeight:
     if weight.weight_layout == "public":
         return weight
     codes = torch.empty_like(weight.codes)
+    permute = from_tiles if weight.weight_layout == "tiles" else from_panels
     for expert in range(weight.E):
-        codes[expert] = from_tiles(weight.codes[expert], weight.format)
-    scales, zeros = _from_words(weight)
+        codes[expert] = permute(weight.codes[expert], weight.format)
+    scales, zeros = _from_rows(weight)
     return QuantWeight(codes, scales, zeros, weight.format, weight.group_size, weight.scale_layout)
 
 
@@ -95,6 +113,22 @@ def from_tiles(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     return _bytes(t.reshape(len(raw), -1), fmt.bits).view(codes.shape).view(codes.dtype)
 
 
+def to_panels(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Codes of one expert, public -> panels: [N, K / codes_per_byte]; storage dtype of the format; a new tensor."""
+    words = codes.view(torch.uint8).view(torch.int32)  # a move of 4 bytes, whatever the format
+    return _as_codes(words.unflatten(0, (-1, PANEL_N)).mT, codes)
+
+
+def from_panels(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Inverse of `to_panels`."""
+    words = codes.view(torch.uint8).view(torch.int32)
+    return _as_codes(words.view(len(words) // PANEL_N, -1, PANEL_N).mT, codes)
+
+
+def _as_codes(words: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return words.contiguous().flatten().view(torch.uint8).view(like.dtype).view(like.shape)
+
+
 def _to_words(weight: QuantWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     scales, zeros = (_rows(t, weight) for t in (weight.scales, weight.zeros))
     assert scales is not None
@@ -104,12 +138,12 @@ def _to_words(weight: QuantWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     return pairs.view(torch.int32).view(scales.shape), None
 
 
-def _from_words(weight: QuantWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _from_rows(weight: QuantWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros of a prepared weight in the public shape."""
     assert weight.scales is not None and weight.scale_dtype is not None
-    if weight.scale_dtype == torch.float32:
-        scales, zeros = weight.scales, weight.zeros
-    else:
-        pairs = weight.scales.contiguous().view(weight.scale_dtype).unflatten(2, (-1, 2))  # [E, groups, N, 2]
+    scales, zeros = weight.scales, weight.zeros
+    if scales.dtype == torch.int32:
+        pairs = scales.contiguous().view(weight.scale_dtype).unflatten(2, (-1, 2))  # [E, groups, N, 2]
         scales, zeros = pairs[..., 0], pairs[..., 1] if weight.format.asym else None
     if weight.scale_layout == "tensor":
         return scales[:, 0, 0].contiguous(), None

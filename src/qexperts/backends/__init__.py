@@ -12,7 +12,7 @@ import torch
 from ..errors import UnsupportedError
 from ..formats import QuantWeight, WeightFormat
 from ..plan import TokenPlan
-from . import torch_backend, triton_backend
+from . import cpu_backend, torch_backend, triton_backend
 from .triton_backend import Call
 
 __all__ = ["BACKENDS", "Answer", "Backend", "Call", "Problem", "explain", "select"]
@@ -27,6 +27,7 @@ class Problem:
         S, E, N, K: rows, experts, outputs, contraction.
         dtype: of the activations.
         whole_words: rows of packed codes are contiguous and start on multiples of 4 bytes.
+        code_order: how codes lie in memory: "rows" (k contiguous), "columns" (n contiguous) or "strided".
         phase: "decode" or "prefill" if the caller chose one, else "auto": decode if every expert has at most
             decode_threshold rows.
         backward: the gradient with respect to the activations instead of the result.
@@ -46,6 +47,7 @@ class Problem:
     scale_dtype: torch.dtype | None = None
     weight_layout: str = "public"
     whole_words: bool = True
+    code_order: str = "rows"
     phase: str = "auto"
     decode_threshold: int = 4
     backward: bool = False
@@ -78,6 +80,7 @@ class Problem:
             scale_dtype=weight.scale_dtype,
             weight_layout=weight.weight_layout,
             whole_words=weight.whole_words,
+            code_order=weight.code_order,
             phase=phase,
             decode_threshold=decode_threshold,
             backward=backward,
@@ -142,6 +145,14 @@ BACKENDS: Mapping[str, Backend] = {
         triton_backend.no_layout,
         triton_backend.bind,
         triton_backend.DEVICES,
+    ),
+    "cpu": Backend(
+        "cpu",
+        cpu_backend.supports,
+        cpu_backend.run,
+        cpu_backend.LAYOUT,
+        cpu_backend.no_layout,
+        devices=cpu_backend.DEVICES,
     ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }

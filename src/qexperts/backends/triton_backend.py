@@ -94,6 +94,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         reason = f"group_size={group}; it has kernels for {', '.join(map(str, GROUPS))} and K"
     elif fmt.bits < 8 and not problem.whole_words:
         reason = f"rows of {fmt.name} codes must be contiguous and start on multiples of 4 bytes"
+    elif problem.weight_layout not in ("public", LAYOUT):
+        reason = f"weights are in layout {problem.weight_layout!r}, prepared for another backend; unprepare() them"
     elif problem.E > MAX_EXPERTS:
         reason = f"at most {MAX_EXPERTS} experts, not {problem.E}"
     else:

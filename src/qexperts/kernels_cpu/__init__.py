@@ -1,0 +1,1 @@
+"""Kernels of backend `cpu`, compiled from Python by Numba and LLVM. Nothing here checks user input."""

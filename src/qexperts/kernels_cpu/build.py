@@ -1,0 +1,179 @@
+"""From a `Kind` to machine code: Numba compiles the driver, LLVM optimises it for the instruction set, disk keeps it.
+
+A kept kernel needs no Numba: loading one takes milliseconds. The file's name is a digest of everything that decides
+its content: the sources of this package, the kind, the versions of the compilers and, for the host's own features,
+the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llvmlite import binding
+
+from .spec import Kind
+
+__all__ = ["cache_directory", "function"]
+
+_lock = threading.Lock()
+_engines: list[binding.ExecutionEngine] = []  # machine code lives as long as its engine
+_FILES = ("vectors.py", "micro.py", "drivers.py", "spec.py", "build.py")
+
+
+def cache_directory() -> Path:
+    """$QEXPERTS_CACHE_DIR, or qexperts in the user's cache directory."""
+    given = os.environ.get("QEXPERTS_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexperts"
+
+
+@functools.cache
+def _sources() -> bytes:
+    digest = hashlib.sha256()
+    for name in _FILES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    for package in ("numba", "llvmlite"):
+        digest.update(importlib.metadata.version(package).encode())
+    digest.update(binding.get_process_triple().encode())
+    return digest.digest()
+
+
+def function(part: str, kind: Kind) -> int:
+    """The address of `void part(void *record)`: "plan", "pack" or "gemm" of a kind."""
+    return _function(part, kind.deciding(part))
+
+
+@functools.cache
+def _function(part: str, kind: Kind) -> int:
+    with _lock:
+        name = hashlib.sha256(_sources() + repr((part, kind)).encode()).hexdigest()[:40]
+        path = cache_directory() / f"{name}.o"
+        code = _read(path)
+        if code is None:
+            print(f"qexperts: compiling {part} for {_describe(part, kind)}", file=sys.stderr, flush=True)
+            code = _compile(part, kind)
+            _write(path, code)
+        return _load(code, kind)
+
+
+def _describe(part: str, kind: Kind) -> str:
+    if part == "plan":
+        return kind.isa.name
+    text = f"{kind.format}, {kind.x} activations"
+    text += " as int8" if kind.int8 else ""
+    return f"{text} ({kind.source}, {kind.scale or 'no'} scales, {kind.panels * 16} columns) on {kind.isa.name}"
+
+
+def _read(path: Path) -> bytes | None:
+    """Machine code with the digest in front that its file was written with; None if there is none, or half of one."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(temporary, path)
+    except OSError as error:
+        _warn_unwritable(str(path.parent), str(error.strerror))
+
+
+@functools.cache
+def _warn_unwritable(directory: str, why: str) -> None:
+    warnings.warn(
+        f"qexperts: compiled kernels cannot be kept in {directory} ({why}): each process compiles its own. Set "
+        f"QEXPERTS_CACHE_DIR to a directory that can be written.",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
+@functools.cache
+def _initialize() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+
+
+def _machine(kind: Kind) -> binding.TargetMachine:
+    _initialize()
+    target = binding.Target.from_triple(binding.get_process_triple())
+    return target.create_target_machine(cpu=kind.isa.cpu, features=kind.isa.features, opt=3, reloc="pic", jit=True)
+
+
+@contextlib.contextmanager
+def _unoptimized() -> Iterator[None]:
+    """Numba leaves LLVM's passes to what follows, which knows the target: half the time."""
+    config: Any = importlib.import_module("numba.core.config")
+    kept = config.OPT
+    config.OPT = type(kept)(0)
+    try:
+        yield
+    finally:
+        config.OPT = kept
+
+
+def _compile(part: str, kind: Kind) -> bytes:
+    """Machine code with a symbol `entry`."""
+    from numba import types
+
+    from . import drivers
+
+    write = {"plan": drivers.write_plan, "pack": drivers.write_pack, "gemm": drivers.write_gemm}[part]
+    signature = types.void(types.int64)
+    with _unoptimized():
+        driver = drivers.compiled(write(kind))
+        driver.compile(signature.args)
+    found = driver.overloads[signature.args]
+    inner = found.fndesc.llvm_func_name
+    module = binding.parse_assembly(found.library.get_llvm_str())
+    entry = f"""
+        target triple = "{module.triple}"
+        target datalayout = "{module.data_layout}"
+        declare i32 @"{inner}"(ptr, ptr, i64)
+        define void @entry(ptr %record) {{
+            %result = alloca ptr
+            %error = alloca ptr
+            %address = ptrtoint ptr %record to i64
+            %status = call i32 @"{inner}"(ptr %result, ptr %error, i64 %address)
+            ret void
+        }}
+    """
+    module.link_in(binding.parse_assembly(entry))
+    for f in module.functions:
+        if f.name != "entry" and not f.is_declaration:
+            f.linkage = "internal"
+    machine = _machine(kind)
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    builder = binding.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+def _load(code: bytes, kind: Kind) -> int:
+    module = binding.parse_assembly("")
+    engine = binding.create_mcjit_compiler(module, _machine(kind))
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    address = engine.get_function_address("entry")
+    assert address, "the object has no entry"
+    return address

@@ -1,0 +1,242 @@
+"""Drivers: what each thread of a call does, in plain Python that Numba compiles.
+
+    plan    one thread: cut the rows of each expert into items (expert, first row, rows), many rows first
+    pack    all threads: activations into the order of the operands, and the sums of their groups
+    gemm    all threads: each takes the next unit, an item times a block of columns, until none is left
+
+A hot expert is many items, so no thread waits for another longer than one unit takes. `a` is the address of a call's
+record (`Arg`); results do not depend on which thread computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+from .micro import X_SIZES, MicroKernels
+from .spec import ITEM_ROWS, PANEL, Arg, Kind
+from .vectors import I32, I64, Emitter, device_function, fetch_add
+
+__all__ = ["compiled", "write_gemm", "write_pack", "write_plan"]
+
+PACK_ROWS = 4  # that a thread packs at once
+LEVELS = 8  # items of 120 rows and more come first, then 60, 30, ...
+
+
+def _load64(e: Emitter, address: Any) -> Any:
+    return e.load(address, I64)
+
+
+def _load32(e: Emitter, address: Any) -> Any:
+    return e.builder.sext(e.load(address, I32), I64)
+
+
+def _store64(e: Emitter, address: Any, value: Any) -> None:
+    e.store(value, address)
+
+
+load64, load32 = device_function(_load64, returns=True), device_function(_load32, returns=True)
+store64 = device_function(_store64)
+
+# No reference counts, no exceptions, no entry from Python: nothing but machine code is left.
+_OPTIONS: dict[str, Any] = {
+    "error_model": "numpy", "nogil": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+}  # fmt: skip
+compiled: Any = njit(**_OPTIONS)
+_NEXT, _JOINED = 8 * int(Arg.NEXT), 8 * int(Arg.JOINED)
+_X_IN, _X_IN_STEP, _X, _X_STEP = int(Arg.X_IN), int(Arg.X_IN_STEP), int(Arg.X), int(Arg.X_STEP)
+_SUMS, _SUMS_STEP = int(Arg.SUMS), int(Arg.SUMS_STEP)
+_CODES, _CODES_E, _CODES_STEP = int(Arg.CODES), int(Arg.CODES_E), int(Arg.CODES_STEP)
+_SCALES, _SCALES_E, _ZEROS = int(Arg.SCALES), int(Arg.SCALES_E), int(Arg.ZEROS)
+_Y, _Y_STEP, _N, _WORDS, _GROUPS = int(Arg.Y), int(Arg.Y_STEP), int(Arg.N), int(Arg.WORDS), int(Arg.GROUPS)
+_ITEMS, _ITEM_COUNT, _END = int(Arg.ITEMS), int(Arg.ITEM_COUNT), int(Arg.END)
+_COUNTS, _COUNTS_WIDE, _E, _S = int(Arg.COUNTS), int(Arg.COUNTS_WIDE), int(Arg.E), int(Arg.S)
+_SCRATCH, _SCRATCH_STEP = int(Arg.SCRATCH), int(Arg.SCRATCH_STEP)
+_BLOCK_GROUPS = int(Arg.BLOCK_GROUPS)
+
+
+@compiled
+def get(a, i):  # type: ignore[no-untyped-def]
+    """The i-th integer of a record."""
+    return load64(a + 8 * i)
+
+
+@compiled
+def put(a, i, value):  # type: ignore[no-untyped-def]
+    store64(a + 8 * i, value)
+
+
+@compiled
+def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
+    """Append the items of least to most rows; returns how many there are now."""
+    row = 0
+    for expert in range(get(a, _E)):
+        if get(a, _COUNTS_WIDE):
+            count = get(get(a, _COUNTS), expert)
+        else:
+            count = load32(get(a, _COUNTS) + 4 * expert)
+        left = max(0, min(count, get(a, _S) - row))
+        while left > 0:
+            rows = min(left, ITEM_ROWS)
+            if least <= rows <= most:
+                item = get(a, _ITEMS) + 24 * made
+                put(item, 0, expert)
+                put(item, 1, row)
+                put(item, 2, rows)
+                made += 1
+            row += rows
+            left -= rows
+    put(a, _END, row)
+    return made
+
+
+def _plan(a):  # type: ignore[no-untyped-def]
+    most, made = ITEM_ROWS, 0
+    for level in range(LEVELS):
+        least = (most + 1) // 2 if level < LEVELS - 1 else 1
+        made = _plan_level(a, most, least, made)
+        most = least - 1
+    put(a, _ITEM_COUNT, made)
+
+
+def write_plan(kind: Kind) -> Callable[[int], None]:
+    """The same for every kind."""
+    return _plan
+
+
+def write_pack(kind: Kind) -> Callable[[int], None]:
+    pack_row = compiled(_wrap_pack_row(MicroKernels(kind)))
+
+    def pack(a):  # type: ignore[no-untyped-def]
+        rows = get(a, _S)
+        while True:
+            first = fetch_add(a + _NEXT, PACK_ROWS)
+            if first >= rows:
+                break
+            for r in range(first, min(first + PACK_ROWS, rows)):
+                x = get(a, _X_IN) + r * get(a, _X_IN_STEP)
+                pack_row(a, x, get(a, _X) + r * get(a, _X_STEP), get(a, _SUMS) + r * get(a, _SUMS_STEP))
+
+    return pack
+
+
+def _wrap_pack_row(micro: MicroKernels) -> Callable[..., None]:
+    emit = device_function(micro.pack_row)
+
+    def pack_row(a, x, out, sums):  # type: ignore[no-untyped-def]
+        emit(a, x, out, sums)
+
+    return pack_row
+
+
+def write_gemm(kind: Kind) -> Callable[[int], None]:
+    micro = MicroKernels(kind)
+    multiply_item = _multiply_item(kind, micro)
+    gather, scales_of, clear = (device_function(f) for f in (micro.gather, micro.scales, micro.clear))
+    finish_block = compiled(_wrap_finish(micro))
+    gathers, scaled, asym = kind.source != "panels", bool(kind.scale), kind.asym
+    columns = kind.source == "columns"
+    width, panels, parts, bits = kind.panels * PANEL, kind.panels, kind.parts, kind.bits
+    y_size = X_SIZES[kind.y]
+
+    @compiled
+    def gather_block(a, codes, out):  # type: ignore[no-untyped-def]
+        gather(a, codes, out)
+
+    @compiled
+    def load_scales(a, expert, n, out):  # type: ignore[no-untyped-def]
+        scales = get(a, _SCALES) + expert * get(a, _SCALES_E)
+        zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
+        scales_of(a, scales, zeros, n, out)
+
+    @compiled
+    def unit(a, scratch, item, n):  # type: ignore[no-untyped-def]
+        expert, row, rows = get(item, 0), get(item, 1), get(item, 2)
+        codes = get(a, _CODES) + expert * get(a, _CODES_E)
+        words, scales = get(a, _WORDS), scratch
+        if gathers:
+            if columns:
+                codes += n * bits // 8
+            else:
+                codes += n * get(a, _CODES_STEP)
+            gather_block(a, codes, scratch)
+            codes = scratch
+            scales += panels * words * 64
+        else:
+            codes += n // PANEL * words * 64
+        total = scales
+        if scaled:
+            load_scales(a, expert, n, scales)
+            total += get(a, _GROUPS) * parts * panels * 64
+        clear(a, rows, total)
+        multiply_item(a, codes, row, rows, scales, total)
+        finish_block(a, rows, total, get(a, _Y) + row * get(a, _Y_STEP) + n * y_size)
+
+    def gemm(a):  # type: ignore[no-untyped-def]
+        thread = fetch_add(a + _JOINED, 1)
+        scratch = get(a, _SCRATCH) + thread * get(a, _SCRATCH_STEP)
+        blocks = (get(a, _N) + width - 1) // width
+        units = get(a, _ITEM_COUNT) * blocks
+        while True:
+            u = fetch_add(a + _NEXT, 1)
+            if u >= units:
+                break
+            item = u // blocks
+            n = min((u - item * blocks) * width, get(a, _N) - width)  # the last block may overlap the one before it
+            unit(a, scratch, get(a, _ITEMS) + 24 * item, n)
+
+    return gemm
+
+
+def _wrap_finish(micro: MicroKernels) -> Callable[..., None]:
+    emit = device_function(micro.finish)
+
+    def finish(a, rows, total, y):  # type: ignore[no-untyped-def]
+        emit(a, rows, total, y)
+
+    return finish
+
+
+def _multiply_item(kind: Kind, micro: MicroKernels) -> Any:
+    """total += x @ w.T for the rows of an item and a block of panels."""
+    packed, unpacked = device_function(micro.multiply_packed), device_function(micro.multiply_unpacked)
+    unpack = device_function(micro.unpack)
+    direct, most, total_bytes = micro.direct_rows, kind.isa.rows, ITEM_ROWS * kind.panels * 64
+    row_bytes = kind.panels * 64
+
+    @compiled
+    def multiply_packed(a, rows, w, x, sums, scales, total):  # type: ignore[no-untyped-def]
+        packed(a, rows, w, x, sums, scales, total)
+
+    @compiled
+    def multiply_unpacked(a, rows, w, x, sums, scales, total, first_group, groups):  # type: ignore[no-untyped-def]
+        unpacked(a, rows, w, x, sums, scales, total, first_group, groups)
+
+    @compiled
+    def unpack_groups(a, w, scales, out, first_group, groups):  # type: ignore[no-untyped-def]
+        unpack(a, w, scales, out, first_group, groups)
+
+    @compiled
+    def multiply_item(a, w, row, rows, scales, total):  # type: ignore[no-untyped-def]
+        x = get(a, _X) + row * get(a, _X_STEP)
+        sums = get(a, _SUMS) + row * get(a, _SUMS_STEP)
+        if rows <= direct:
+            multiply_packed(a, rows, w, x, sums, scales, total)
+            return
+        operands, groups, step = total + total_bytes, get(a, _GROUPS), get(a, _BLOCK_GROUPS)
+        for first_group in range(0, groups, step):
+            count = min(step, groups - first_group)
+            unpack_groups(a, w, scales, operands, first_group, count)
+            r, tiles = 0, (rows + most - 1) // most
+            while r < rows:
+                m = (rows - r + tiles - 1) // tiles  # 7 rows are 4 and 3, not 6 and 1
+                multiply_unpacked(
+                    a, m, operands, x + r * get(a, _X_STEP), sums + r * get(a, _SUMS_STEP), scales,
+                    total + r * row_bytes, first_group, count,
+                )  # fmt: skip
+                r += m
+                tiles -= 1
+
+    return multiply_item

@@ -1,0 +1,499 @@
+"""Micro-kernels: the loops that run, written for any `Kind` of kernel.
+
+    total[m, n] += (sum over k of the group: code[n, k] * x[m, k]  -  zero[n] * sum of x[m, k]) * scale[n]
+
+for each group in order; the order of additions is the same whichever function does it.
+Each function takes the record of the call (`Arg`) and addresses; all are 64-bit integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from .spec import PANEL, Arg, Kind
+from .vectors import F32, I8, I16, I32, Emitter, bf16_bits, vector
+
+__all__ = ["MicroKernels"]
+
+X_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+STEP = 16  # k that activations are packed in at once
+ROUND = 1.5 * 2**23  # added and subtracted again: rounds to an integer
+
+
+def _fp8_value(name: str, code: int) -> float:
+    """What a code of 7 bits, without its sign, stands for."""
+    bits, bias = (3, 7) if name == "fp8_e4m3" else (2, 15)
+    exponent, mantissa = code >> bits, code & ((1 << bits) - 1)
+    if name == "fp8_e4m3" and code == 0x7F:
+        return float("nan")
+    if name == "fp8_e5m2" and exponent == 31:
+        return float("nan") if mantissa else float("inf")
+    return (mantissa + (1 << bits) * (exponent > 0)) * 2.0 ** (max(exponent, 1) - bias - bits)
+
+
+def _integer(value: int, bits: int, asym: bool) -> int:
+    value &= (1 << bits) - 1
+    return value if asym or value < 1 << (bits - 1) else value - (1 << bits)
+
+
+class MicroKernels:
+    """The micro-kernels of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.k = kind
+        isa = kind.isa
+        self.words = vector(I32, isa.lanes)
+        self.floats = vector(F32, isa.lanes)
+        self.registers = kind.registers
+        self.bytes = 4 * isa.lanes  # of a register
+
+    # ---- weights
+
+    def operand_vectors(self, e: Emitter, word: Any, zeros: Any = None) -> list[Any]:
+        """A register of words -> its operands, as registers of 32-bit values."""
+        if self.k.dot == "fp32":
+            values = [self._one_fp32(e, word, i) for i in range(self.k.per_word)]
+            return values if zeros is None else [e.builder.fadd(value, zeros) for value in values]
+        return self._as_bf16(e, word) if self.k.dot == "bf16" else self._as_bytes(e, word)
+
+    def _as_bf16(self, e: Emitter, word: Any) -> list[Any]:
+        k = self.k
+        if k.format == "bf16":
+            return [word]
+        if k.bits < 8:
+            # one more operation than 128 + code (a code in the mantissa of 128) needs, but no sum of x
+            table = [bf16_bits(float(_integer(i, k.bits, k.asym))) for i in range(32)]
+            shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
+            return [e.lookup_16(table, shifted) for shifted in shifts]
+        low, high = self._bytes_of_bf16(e, word)
+        b = e.builder
+        even = b.or_(e.bits(low, "and_", 0x00FF00FF), self._shift_16(e, high, "shl"))
+        odd = b.or_(self._shift_16(e, low, "lshr"), e.bits(high, "and_", -0x00FF0100))
+        return [even, odd]
+
+    @staticmethod
+    def _shift_16(e: Emitter, value: Any, direction: str) -> Any:
+        shifted = e.bits(e.cast(value, vector(I16, 2 * value.type.count)), direction, 8)
+        return e.cast(shifted, value.type)
+
+    def _bytes_of_bf16(self, e: Emitter, word: Any) -> tuple[Any, Any]:
+        """Low and high bytes of the bf16 that each byte of codes stands for; tables give them without the sign."""
+        k, b = self.k, e.builder
+        if k.format.startswith("fp8"):
+            values = [_fp8_value(k.format, i) for i in range(128)]
+            magnitude, sign = word, word
+        else:
+            if k.asym:
+                word = e.bits(word, "xor", -0x7F7F7F80)  # less 128
+            values = [float(i) for i in range(128)]
+            codes = e.cast(word, vector(I8, 4 * word.type.count))
+            negative = b.icmp_signed("<", codes, e.zero(codes.type))
+            magnitude, sign = e.cast(b.select(negative, b.neg(codes), codes), word.type), word
+        table = [bf16_bits(v) for v in values]
+        low = e.lookup_8([v & 255 for v in table], magnitude)
+        high = b.or_(e.lookup_8([v >> 8 for v in table], magnitude), e.bits(sign, "and_", -0x7F7F7F80))
+        if k.format.startswith("int8"):  # -128 is the one magnitude that the tables lack; its low byte is 0 too
+            bytes_kind = vector(I8, 4 * word.type.count)
+            least = b.icmp_signed("==", e.cast(word, bytes_kind), e.constant(bytes_kind, -128))
+            high = e.cast(b.select(least, e.constant(bytes_kind, -0x3D), e.cast(high, bytes_kind)), word.type)
+        return low, high
+
+    def _one_fp32(self, e: Emitter, word: Any, i: int) -> Any:
+        k = self.k
+        top = 32 - k.bits * (i + 1)
+        high = e.bits(word, "shl", top) if top else word  # the code in the highest bits
+        if k.format.startswith("int"):
+            return e.float_of_int(e.bits(high, "lshr" if k.asym else "ashr", 32 - k.bits))
+        if k.format == "bf16":
+            return e.cast(high if i == 0 else e.bits(high, "and_", -0x10000), self.floats)
+        if k.format == "fp16":
+            magnitude = e.bits(e.bits(high, "lshr", 3), "and_", 0x0FFFE000)
+            return e.float_of_small(magnitude, high, 112, 0x7C00 << 13)
+        mantissa, bias, special = (3, 120, 0x7F) if k.format == "fp8_e4m3" else (2, 112, 0x7C)
+        magnitude = e.bits(e.bits(e.bits(high, "lshr", 24), "and_", 0x7F), "shl", 23 - mantissa)
+        return e.float_of_small(magnitude, high, bias, special << (23 - mantissa))
+
+    def _as_bytes(self, e: Emitter, word: Any) -> list[Any]:
+        k = self.k
+        mask = {8: -1, 4: 0x0F0F0F0F, 2: 0x03030303}[k.bits]
+        flip = {128: -0x7F7F7F80, 8: 0x08080808, 2: 0x02020202, 0: 0}[k.offset]
+        shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
+        return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
+
+    def gather(self, e: Emitter, a: Any, codes: Any, out: Any) -> None:
+        """A block of a weight in the public order -> panels [panels, K / per_word, 16]."""
+        e.never_inline()
+        step, words = e.field(a, Arg.CODES_STEP), e.field(a, Arg.WORDS)
+        for p in range(self.k.panels):
+            target = e.add(out, e.mul(words, 64 * p))
+            if self.k.source == "columns":
+                self._gather_columns(e, e.add(codes, p * PANEL * self.k.bits // 8), step, words, target)
+            else:
+                self._gather_rows(e, e.add(codes, e.mul(step, p * PANEL)), step, words, target)
+
+    def _gather_columns(self, e: Emitter, codes: Any, step: Any, words: Any, out: Any) -> None:
+        """n is contiguous: a word takes one element of each of `per_word` rows."""
+        k, b = self.k, e.builder
+        narrow, wide = vector(ir.IntType(k.bits), PANEL), vector(I32, PANEL)
+        with e.loop(words) as t:
+            word = None
+            for j in range(k.per_word):
+                element = e.load(codes, narrow, e.mul(e.add(e.mul(t, k.per_word), j), step))
+                part = e.bits(b.zext(element, wide), "shl", k.bits * j)
+                word = part if word is None else b.or_(word, part)
+            e.store(word, out, e.mul(t, 64))
+
+    def _gather_rows(self, e: Emitter, codes: Any, step: Any, words: Any, out: Any) -> None:
+        """k is contiguous: squares of words are transposed; the last one overlaps the one before it."""
+        b, lanes = e.builder, self.k.isa.lanes
+        squares = b.sdiv(e.add(words, lanes - 1), e.number(lanes))
+        last = e.add(words, -lanes)
+        small = b.icmp_signed("<", last, e.number(0))
+        with b.if_else(small) as (one_by_one, in_squares):
+            with one_by_one, e.loop(words) as t:
+                for row in range(PANEL):
+                    word = e.load(codes, I32, e.add(e.mul(step, row), e.mul(t, 4)))
+                    e.store(word, out, e.add(e.mul(t, 64), 4 * row))
+            with in_squares, e.loop(squares) as s:
+                start = e.mul(s, lanes)
+                start = b.select(b.icmp_signed("<", start, last), start, last)
+                for first in range(0, PANEL, lanes):
+                    rows = [e.load(codes, self.words, e.add(e.mul(step, first + r), e.mul(start, 4)))
+                            for r in range(lanes)]  # fmt: skip
+                    for t, column in enumerate(transposed(e, rows)):
+                        e.store(column, out, e.add(e.mul(start, 64), 64 * t + 4 * first))
+
+    def unpack(self, e: Emitter, a: Any, w: Any, scales: Any, out: Any, first_group: Any, groups: Any) -> None:
+        """Panels -> operands [words, operands, panels, 16] of some groups."""
+        e.never_inline()
+        k = self.k
+        words, size = e.field(a, Arg.WORDS), k.operands * self.registers * self.bytes
+        panel, first = e.mul(words, 64), e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
+        with e.loop(groups) as i:
+            g = e.add(first_group, i)
+            start, count = self._words_of(e, a, g)
+            zeros = self._zeros(e, scales, g)
+            with e.loop(count) as t:
+                place = e.add(start, t)
+                target = e.mul(e.builder.sub(place, first), size)
+                for j in range(self.registers):
+                    word = e.load(w, self.words, self._word_place(e, panel, place, j))
+                    for o, operand in enumerate(self.operand_vectors(e, word, zeros[j])):
+                        e.store(operand, out, e.add(target, (o * self.registers + j) * self.bytes))
+
+    def _zeros(self, e: Emitter, scales: Any, g: Any) -> list[Any]:
+        """Of a group, their sign turned; None in each place where they are not subtracted from codes."""
+        if not self.k.subtracts:
+            return [None] * self.registers
+        place = e.add(e.mul(g, self.k.parts * self.k.panels * 64), self.k.panels * 64)
+        return [e.load(scales, self.floats, e.add(place, j * self.bytes)) for j in range(self.registers)]
+
+    def _words_of(self, e: Emitter, a: Any, g: Any) -> tuple[Any, Any]:
+        """The first word of a group and how many it has: fewer at the end of K."""
+        b, words, size = e.builder, e.field(a, Arg.WORDS), e.field(a, Arg.GROUP_WORDS)
+        start = e.mul(g, size)
+        left = b.sub(words, start)
+        return start, b.select(b.icmp_signed("<", size, left), size, left)
+
+    def _word_place(self, e: Emitter, panel: Any, t: Any, j: int) -> Any:
+        per_panel = PANEL // self.k.isa.lanes
+        return e.add(e.mul(panel, j // per_panel), e.mul(t, 64), j % per_panel * self.bytes)
+
+    def scales(self, e: Emitter, a: Any, scales: Any, zeros: Any, n: Any, out: Any) -> None:
+        """Scales, and zeros with their sign turned, of a block of columns from n on: fp32 [groups, parts, panels, 16].
+
+        scales, zeros: of the expert.
+        """
+        e.never_inline()
+        k, b = self.k, e.builder
+        step = e.field(a, Arg.SCALES_G)
+        with e.loop(e.field(a, Arg.GROUPS)) as g:
+            for p in range(k.panels):
+                place = e.add(self._scale_place(e, a, e.add(n, PANEL * p)), e.mul(g, step))
+                target = e.add(e.mul(g, k.parts * k.panels * 64), 64 * p)
+                e.store(self._read_scales(e, a, scales, place), out, target)
+                if k.parts > 1:
+                    shift = e.constant(vector(F32, PANEL), float(-k.offset))
+                    if k.asym:
+                        shift = b.fsub(shift, self._read_scales(e, a, zeros, place))
+                    e.store(shift, out, e.add(target, 64 * k.panels))
+
+    def _scale_place(self, e: Emitter, a: Any, n: Any) -> Any:
+        if self.k.scale_access == "block128":
+            n = e.builder.ashr(n, e.number(7))
+        return e.mul(n, e.field(a, Arg.SCALES_N))
+
+    def _read_scales(self, e: Emitter, a: Any, base: Any, place: Any) -> Any:
+        k = self.k
+        element: ir.Type = F32 if k.scale == "fp32" else I16
+        if k.scale_access == "vector":
+            return self._float(e, e.load(base, vector(element, PANEL), place), k.scale)
+        if k.scale_access == "strided":
+            step = e.field(a, Arg.SCALES_N)
+            raw = e.zero(vector(element, PANEL))
+            for i in range(PANEL):
+                one = e.load(base, element, e.add(place, e.mul(step, i)))
+                raw = e.builder.insert_element(raw, one, ir.Constant(I32, i))
+            return self._float(e, raw, k.scale)
+        return self._float(e, e.splat(e.load(base, element, place), PANEL), k.scale)
+
+    @staticmethod
+    def _float(e: Emitter, value: Any, dtype: str) -> Any:
+        if dtype == "fp32":
+            return value
+        return e.float_of_bf16(value) if dtype == "bf16" else e.float_of_half(value)
+
+    # ---- activations
+
+    def pack_row(self, e: Emitter, a: Any, x: Any, out: Any, sums: Any) -> None:
+        """A row of activations -> the order of the operands, and the sum (and scale) of each group."""
+        e.never_inline()
+        k, b = self.k, e.builder
+        steps = b.sdiv(e.field(a, Arg.K), e.number(STEP))
+        size = b.sdiv(e.mul(e.field(a, Arg.GROUP_WORDS), k.per_word), e.number(STEP))
+        with e.loop(e.field(a, Arg.GROUPS)) as g:
+            start = e.mul(g, size)
+            left = b.sub(steps, start)
+            count = b.select(b.icmp_signed("<", size, left), size, left)
+            scale = inverse = None
+            if k.int8:
+                scale, inverse = self._scale_of_x(e, x, start, count)
+            total = e.variable(vector(F32, STEP))
+            with e.loop(count) as i:
+                step = e.add(start, i)
+                total.set(b.fadd(total.get(), self._pack_step(e, a, x, out, step, inverse)))
+            if k.sums:
+                e.store(e.total(total.get()), sums, e.mul(g, 8))
+                e.store(ir.Constant(F32, 1.0) if scale is None else scale, sums, e.add(e.mul(g, 8), 4))
+
+    def _x(self, e: Emitter, x: Any, step: Any) -> tuple[Any, Any]:
+        """The elements of one step as they are, and as fp32."""
+        element: ir.Type = F32 if self.k.x == "fp32" else I16
+        raw = e.load(x, vector(element, STEP), e.mul(step, STEP * X_SIZES[self.k.x]))
+        return raw, self._float(e, raw, self.k.x)
+
+    def _scale_of_x(self, e: Emitter, x: Any, start: Any, count: Any) -> tuple[Any, Any]:
+        """max|x| / 127 of a group, and its inverse; 1 for a group of zeros."""
+        b = e.builder
+        top = e.variable(vector(F32, STEP))
+        with e.loop(count) as i:
+            top.set(e.maximum(top.get(), e.call_unary("fabs", self._x(e, x, e.add(start, i))[1])))
+        largest = e.largest(top.get())
+        zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
+        largest = b.select(zero, ir.Constant(F32, 127.0), largest)
+        limit = ir.Constant(F32, 127.0)
+        return b.fdiv(largest, limit), e.splat(b.fdiv(limit, largest), STEP)
+
+    def _pack_step(self, e: Emitter, a: Any, x: Any, out: Any, step: Any, inverse: Any) -> Any:
+        """Pack one step; returns what its elements count as in the group's sum."""
+        k, b = self.k, e.builder
+        raw, value = self._x(e, x, step)
+        if k.int8:
+            rounding = e.constant(value.type, ROUND)
+            value = b.fsub(b.fadd(b.fmul(value, inverse), rounding), rounding)
+            if k.dot == "int8":
+                codes = b.trunc(b.fptosi(value, vector(I32, STEP)), vector(I8, STEP))
+                e.store(self._ordered(e, codes), out, e.mul(step, STEP))
+                return value
+        if k.dot == "fp32":
+            e.store(value, out, e.mul(step, 4 * STEP))
+        elif k.x == "bf16":
+            e.store(self._ordered(e, raw), out, e.mul(step, 2 * STEP))
+        else:
+            high = e.bf16_of_float(value)
+            rest = b.fsub(value, e.float_of_bf16(high))
+            rest = b.select(b.fcmp_ordered("ord", rest, rest), rest, e.zero(rest.type))  # Inf is its high part alone
+            low = e.bf16_of_float(rest)
+            e.store(self._ordered(e, high), out, e.mul(step, 2 * STEP))
+            e.store(self._ordered(e, low), out, e.add(e.mul(step, 2 * STEP), e.field(a, Arg.X_TERM)))
+        return value
+
+    def _ordered(self, e: Emitter, elements: Any) -> Any:
+        k = self.k
+        inside = [i + j * k.operands for i in range(k.operands) for j in range(k.per_word // k.operands)]
+        return e.shuffle(elements, elements, [w + i for w in range(0, STEP, k.per_word) for i in inside])
+
+    # ---- products
+
+    def multiply_packed(
+        self, e: Emitter, a: Any, rows: Any, w: Any, x: Any, sums: Any, scales: Any, total: Any
+    ) -> None:
+        """At most `direct_rows` rows times a block of panels, all groups; every word is unpacked in registers."""
+        panel = e.mul(e.field(a, Arg.WORDS), 64)
+
+        def group(g: Any, products: _Products) -> None:
+            start, count = self._words_of(e, a, g)
+            zeros = self._zeros(e, scales, g)
+            with e.loop(count) as t:
+                place = e.add(start, t)
+                words = [e.load(w, self.words, self._word_place(e, panel, place, j)) for j in range(self.registers)]
+                found = [self.operand_vectors(e, *pair) for pair in zip(words, zeros, strict=True)]
+                for o in range(self.k.operands):
+                    products.add([one[o] for one in found], e.mul(place, 4 * self.k.operands), 4 * o)
+
+        self._multiply(e, a, (rows, self.direct_rows), group, (x, sums, scales, total),
+                       (e.number(0), e.field(a, Arg.GROUPS)))  # fmt: skip
+
+    def multiply_unpacked(
+        self, e: Emitter, a: Any, rows: Any, w: Any, x: Any, sums: Any, scales: Any, total: Any, first_group: Any,
+        groups: Any,
+    ) -> None:  # fmt: skip
+        """At most `isa.rows` rows times the operands of some groups of a block."""
+        kind = self.floats if self.k.dot == "fp32" else self.words
+        first = e.mul(first_group, e.mul(e.field(a, Arg.GROUP_WORDS), self.k.operands))
+
+        def group(g: Any, products: _Products) -> None:
+            start, count = (e.mul(words, self.k.operands) for words in self._words_of(e, a, g))
+            with e.loop(count) as o:
+                place = e.add(start, o)
+                source = e.mul(e.builder.sub(place, first), self.registers * self.bytes)
+                operand = [e.load(w, kind, e.add(source, j * self.bytes)) for j in range(self.registers)]
+                products.add(operand, e.mul(place, 4), 0)
+
+        self._multiply(e, a, (rows, self.k.isa.rows), group, (x, sums, scales, total), (first_group, groups))
+
+    @property
+    def direct_rows(self) -> int:
+        """Rows up to which unpacking once more costs less than storing what has been unpacked."""
+        return min(4, self.k.isa.rows)
+
+    def _multiply(
+        self, e: Emitter, a: Any, rows: tuple[Any, int], group: Callable[[Any, _Products], None],
+        places: tuple[Any, Any, Any, Any], groups: tuple[Any, Any],
+    ) -> None:  # fmt: skip
+        """A version for each number of rows, with registers of its own."""
+        e.never_inline()
+        count, most = rows
+        for m in range(1, most + 1):
+            with e.case(count, m):
+                self._multiply_rows(e, a, m, group, places, groups)
+
+    def _multiply_rows(
+        self, e: Emitter, a: Any, rows: int, group: Callable[[Any, _Products], None],
+        places: tuple[Any, Any, Any, Any], groups: tuple[Any, Any],
+    ) -> None:  # fmt: skip
+        k = self.k
+        x, sums, scales, total = places
+        first_group, count = groups
+        sums_step, width = e.field(a, Arg.SUMS_STEP), self.registers * self.bytes
+        products = _Products(self, e, a, rows, x)
+        totals = {(m, j): e.variable(self.floats, e.load(total, self.floats, m * width + j * self.bytes))
+                  for m, j in products.ones}  # fmt: skip
+        with e.loop(count) as i:
+            g = e.add(first_group, i)
+            products.clear()
+            group(g, products)
+            scales_of = e.add(scales, e.mul(g, k.parts * k.panels * 64))
+            for m in range(rows):
+                sums_of = e.add(sums, e.mul(sums_step, m), e.mul(g, 8)) if k.sums else None
+                for j in range(self.registers):
+                    self._add_group(e, totals[m, j], products.sums[m, j].get(), scales_of, sums_of, j * self.bytes)
+        for m, j in products.ones:
+            e.store(totals[m, j].get(), total, m * width + j * self.bytes)
+
+    def dot(self, e: Emitter, total: Any, w: Any, x: Any) -> Any:
+        if self.k.dot == "bf16":
+            return e.dot_bf16(total, w, x)
+        return e.dot_int8(total, w, x) if self.k.dot == "int8" else e.fma(w, e.cast(x, self.floats), total)
+
+    def _add_group(self, e: Emitter, total: Any, value: Any, scales: Any, sums: Any, place: int) -> None:
+        """total += (a group's sums, less zeros * sum of x) * scales"""
+        k, b, lanes = self.k, e.builder, self.k.isa.lanes
+        if k.dot == "int8":
+            value = e.float_of_int(value)
+        if not k.scale:
+            total.set(b.fadd(total.get(), value))
+            return
+        if k.shifted:
+            shift = e.load(scales, self.floats, 64 * k.panels + place)
+            value = e.fma(shift, e.splat(e.load(sums, F32), lanes), value)
+        scale = e.load(scales, self.floats, place)
+        if k.int8:
+            scale = b.fmul(scale, e.splat(e.load(sums, F32, 4), lanes))
+        total.set(e.fma(value, scale, total.get()))
+
+    # ---- results
+
+    def clear(self, e: Emitter, a: Any, rows: Any, total: Any) -> None:
+        """total[m, n] = 0"""
+        with e.loop(e.mul(rows, self.k.panels)) as i:
+            e.store(e.zero(vector(F32, PANEL)), total, e.mul(i, 64))
+
+    def finish(self, e: Emitter, a: Any, rows: Any, total: Any, y: Any) -> None:
+        """y[m, n] = total[m, n], rounded to the dtype of y"""
+        e.never_inline()
+        k, step = self.k, e.field(a, Arg.Y_STEP)
+        with e.loop(rows) as m:
+            for p in range(k.panels):
+                value = e.load(total, vector(F32, PANEL), e.add(e.mul(m, 64 * k.panels), 64 * p))
+                if k.y != "fp32":
+                    value = e.bf16_of_float(value) if k.y == "bf16" else e.half_of_float(value)
+                e.store(value, y, e.add(e.mul(m, step), PANEL * X_SIZES[k.y] * p))
+
+
+class _Products:
+    """The sums of a group for some rows and all columns of a block, one register each."""
+
+    def __init__(self, micro: MicroKernels, e: Emitter, a: Any, rows: int, x: Any) -> None:
+        self._micro, self._e = micro, e
+        step = e.field(a, Arg.X_STEP)
+        self._x = [e.add(x, e.mul(step, m)) for m in range(rows)]
+        self._terms = [e.number(0), e.field(a, Arg.X_TERM)][: micro.k.terms]
+        self.ones = [(m, j) for m in range(rows) for j in range(micro.registers)]
+        kind = micro.words if micro.k.dot == "int8" else micro.floats
+        self.sums = {one: e.variable(kind) for one in self.ones}
+
+    def clear(self) -> None:
+        for total in self.sums.values():
+            total.set(self._e.zero(total.kind))
+
+    def add(self, w: list[Any], place: Any, offset: int) -> None:
+        """sums[m, j] += w[j] * x[m], x at a place of each row"""
+        e = self._e
+        for term in self._terms:
+            for m, x in enumerate(self._x):
+                value = e.splat(e.load(x, I32, e.add(place, term, offset)), self._micro.k.isa.lanes)
+                for j, one in enumerate(w):
+                    total = self.sums[m, j]
+                    total.set(self._micro.dot(e, total.get(), one, value))
+
+
+def transposed(e: Emitter, rows: list[Any]) -> list[Any]:
+    """A square of 32-bit values: as many registers as a register has lanes.
+
+    First 4 x 4 squares inside 128 bits, by interleaving; then the 128-bit quarters themselves.
+    """
+    lanes = len(rows)
+    quarters = range(0, lanes, 4)
+
+    def interleave(a: Any, b: Any, size: int, high: int) -> Any:
+        order = [q + high * 2 + first + source + i for q in quarters for first in range(0, 2, size)
+                 for source in (0, lanes) for i in range(size)]  # fmt: skip
+        return e.shuffle(a, b, order)
+
+    squares: list[list[Any]] = []  # [rows / 4][word of a quarter]
+    for r in range(0, lanes, 4):
+        pairs = [interleave(rows[r + i], rows[r + i + 1], 1, high) for i in (0, 2) for high in (0, 1)]
+        squares.append([interleave(pairs[high], pairs[2 + high], 2, half) for high in (0, 1) for half in (0, 1)])
+    if lanes == 4:
+        return squares[0]
+
+    def quarter(a: Any, b: Any, chosen: list[int]) -> Any:
+        return e.shuffle(a, b, [4 * q + i for q in chosen for i in range(4)])
+
+    columns: list[Any] = [None] * lanes
+    for word in range(4):
+        if lanes == 8:
+            a, b = squares[0][word], squares[1][word]
+            for q in (0, 1):
+                columns[4 * q + word] = quarter(a, b, [q, 2 + q])
+            continue
+        low = [quarter(squares[s][word], squares[s + 1][word], [0, 1, 4, 5]) for s in (0, 2)]
+        high = [quarter(squares[s][word], squares[s + 1][word], [2, 3, 6, 7]) for s in (0, 2)]
+        for q in range(4):
+            a, b = low if q < 2 else high
+            columns[4 * q + word] = quarter(a, b, [q % 2, 2 + q % 2, 4 + q % 2, 6 + q % 2])
+    return columns
