@@ -19,7 +19,7 @@ import torch
 from test_report import BF16, INT4, MM, clip, grouped, markdown_rows, record
 
 from qexperts import FORMATS, dequantize, quantize
-from qexperts.backends import explain, triton_backend
+from qexperts.backends import cpu_backend, explain, triton_backend
 from qexperts.bench import fused, humming, report, run, timing
 from qexperts.bench.binding import Bound, Refused
 from qexperts.bench.candidates import Candidate, enumerate_candidates
@@ -91,6 +91,9 @@ def test_public_calls() -> None:
 
 
 def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "installed", lambda: True)
+    assert run._providers(None, CPU) == ["torch", "fused"]
+    monkeypatch.setattr(cpu_backend, "installed", lambda: False)
     assert run._providers(None, CPU) == ["torch"]
     monkeypatch.setattr(triton_backend, "installed", lambda: True)
     assert run._providers(None, GPU) == ["torch", "fused"]
@@ -106,13 +109,13 @@ def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(triton_backend.interpreted(), reason="in the interpreter the kernels do run on a CPU")
-def test_a_cpu_gives_the_backends_reason() -> None:
+def test_a_cpu_gives_the_backends_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     w = workload()
     candidates = enumerate_candidates(w, CPU, STRATEGIES, ["raw", "wrapper"], ["fused", "humming"], ["prepared"])
+    monkeypatch.setattr(cpu_backend, "installed", lambda: False)
     records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
     assert len(records) == len(candidates) and {r.status for r in records} == {"unsupported"}
-    problem = FusedProvider(w, make_inputs(w, CPU))._problem(candidates[0], make_inputs(w, CPU).weight)
-    reason = next(a.reason for a in explain(problem) if a.backend == "triton")
+    reason = "Numba is not installed: pip install 'qexperts[cpu]'"
     assert {r.provider: r.reason for r in records} == {
         "fused": reason, "humming": "runs on NVIDIA GPUs; tensors are on cpu",
     }  # fmt: skip

@@ -54,7 +54,7 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
         click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
         click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and humming (a peer), "
-                     "or all.  [default: torch, on a GPU with Triton torch,fused]"),
+                     "or all.  [default: torch,fused; torch without Triton or, on a CPU, Numba]"),
         click.option("--weight-layout", default="prepared", show_default=True,
                      help="Comma list of prepared and public, of the weights that fused kernels read."),
         click.option("--peer-tries", type=int, default=4, show_default=True,

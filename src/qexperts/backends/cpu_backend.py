@@ -29,12 +29,13 @@ import torch
 from ..formats import FORMATS, QuantWeight
 from ..layouts import no_panels
 from ..plan import TokenPlan
+from ..strategies import Step, Take
 from ..workspace import arena
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["DEVICES", "LAYOUT", "describe", "no_layout", "run", "run_into", "supports"]
+__all__ = ["DEVICES", "LAYOUT", "PackedGemm", "describe", "installed", "no_layout", "run", "run_into", "supports"]
 
 LAYOUT = "panels"
 DEVICES = ("cpu",)
@@ -60,8 +61,10 @@ def describe() -> str:
     """Which instruction set is used, and why, or why none."""
     if not installed():
         return _NOT_INSTALLED
+    from ..kernels_cpu.team import team_name
+
     isa, why = _isa()
-    return why if isa is None else f"{isa.name} ({why})"
+    return why if isa is None else f"{isa.name} ({why}), {torch.get_num_threads()} of {team_name()}"
 
 
 _NOT_INSTALLED = "Numba is not installed: pip install 'qexperts[cpu]'"
@@ -234,3 +237,29 @@ def _describe_weight(record: Any, kernel: _Kernel, weight: QuantWeight) -> None:
         record[Arg.SCALES_G] = scales.stride(g) * size if scales.shape[g] > 1 else 0
     if zeros is not None:
         record[Arg.ZEROS] = zeros.data_ptr()
+
+
+class PackedGemm:
+    """A `Gemm` on packed weights: every GEMM step is one call of the kernels."""
+
+    def __init__(self, weight: QuantWeight, take: Take) -> None:
+        self._weight, self._take = weight, take
+
+    def one(self, x: torch.Tensor, expert: int, out: torch.Tensor) -> list[Step]:
+        weight, counts = self._weight.experts(expert, expert + 1), torch.tensor([x.shape[0]], dtype=torch.int32)
+        return [Step("gemm", lambda: run_into(out, x, weight, counts))]
+
+    def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
+        """experts ascend, so the padded rows are sorted by expert: one call over all of them."""
+        counts = torch.zeros(self._weight.E, dtype=torch.int32).index_fill_(0, experts, x.shape[1])
+        rows, y = x.flatten(0, 1), out.flatten(0, 1)
+        return [Step("gemm", lambda: run_into(y, rows, self._weight, counts))]
+
+    def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
+        y = self._take((x.shape[0], self._weight.N), x.dtype)
+
+        def run() -> torch.Tensor:
+            run_into(y, x, self._weight, plan.counts)
+            return y
+
+        return [Step("gemm", run)]

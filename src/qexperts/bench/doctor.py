@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..backends import BACKENDS, Problem, explain, triton_backend
+from ..backends import BACKENDS, Problem, cpu_backend, explain, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
 from . import humming
 from .environment import device_name, environment, pick_device
@@ -51,6 +51,7 @@ def doctor(console: Console, device_text: str | None, dtype: str) -> None:
     versions += [_triton(env["triton"]), f"driver {env['driver'] or '-'}", platform.platform()]
     console.print("Versions: " + ", ".join(versions), highlight=False, soft_wrap=True)
     console.print(f"Peers: {_peer()}", highlight=False, soft_wrap=True)
+    console.print(f"CPU kernels: {cpu_backend.describe()}", highlight=False, soft_wrap=True)
     ceilings = measure_ceilings(device, DTYPES[dtype])
     read = f", read {ceilings.read_gbps:,.0f} GB/s" if ceilings.read_gbps else ""
     console.print(

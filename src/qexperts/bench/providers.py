@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..backends import triton_backend
 from ..backends.torch_backend import DenseGemm, DequantGemm, compute_dtype, no_grouped_mm
 from ..ops import grouped_gemm
 from ..plan import TokenPlan
@@ -45,13 +46,17 @@ class Binder:
     def _of(self, candidate: Candidate) -> Provider:
         name = candidate.provider
         if name not in self._providers:
-            self._providers[name] = _provider(name)(self._workload, self._tensors)
+            self._providers[name] = _provider(name, self.device)(self._workload, self._tensors)
         return self._providers[name]
 
 
-def _provider(name: str) -> Callable[[Workload, Inputs], Provider]:
+def _provider(name: str, device: torch.device) -> Callable[[Workload, Inputs], Provider]:
     if name == "torch":
         return TorchProvider
+    if name == "fused" and device.type == "cpu" and not triton_backend.interpreted():
+        from .fused_cpu import CpuProvider
+
+        return CpuProvider
     if name == "fused":
         from .fused import FusedProvider
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..backends import triton_backend
+from ..backends import cpu_backend, triton_backend
 from ..routing import Distribution, is_synthetic, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
 from .candidates import LAYOUTS, PROVIDERS, enumerate_candidates
@@ -40,7 +40,7 @@ class BenchOptions:
 
     Attributes:
         tokens: rows over all experts (S).
-        provider: comma list; by default torch, and on a GPU with Triton fused.
+        provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with Numba.
         weight_layout: comma list, of the weights that fused kernels read.
         peer_tries: configurations that a peer tries besides its default one; each is compiled.
         top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
@@ -145,7 +145,8 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
 
 def _providers(text: str | None, device: torch.device) -> list[str]:
     if text is None:
-        text = "torch,fused" if device.type != "cpu" and triton_backend.installed() else "torch"
+        backend = cpu_backend if device.type == "cpu" else triton_backend
+        text = "torch,fused" if backend.installed() else "torch"
     return list(PROVIDERS) if text == "all" else _words("--provider", text, PROVIDERS)
 
 
