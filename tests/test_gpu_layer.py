@@ -14,7 +14,7 @@ from test_library import calls, check_operator, inputs_for, moe_arguments
 from test_ops import QUANTIZED, dtype_for
 
 from qexperts import FORMATS, QuantExperts, QuantWeight, fused_experts, prepare
-from qexperts.ops import weight_fields
+from qexperts.formats import weight_fields
 from qexperts.testing import assert_no_worse
 
 pytestmark = pytest.mark.gpu

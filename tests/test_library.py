@@ -23,8 +23,8 @@ from qexperts import (
     moe_gemm_decode,
     moe_gemm_prefill,
 )
+from qexperts.formats import weight_fields
 from qexperts.layouts import to_layout
-from qexperts.ops import weight_fields
 from qexperts.testing import Case, Inputs, make_inputs
 
 OPS = torch.ops.qexperts

@@ -232,6 +232,13 @@ class QuantWeight:
         )
 
 
+def weight_fields(
+    w: QuantWeight,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, int | None, str, str, torch.dtype | None]:
+    """The fields of a weight as an operator takes them: QuantWeight(*weight_fields(w)) is w."""
+    return w.codes, w.scales, w.zeros, w.format.name, w.group_size, w.scale_layout, w.weight_layout, w.scale_dtype
+
+
 def index_experts(t: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """index_select over dim 0 that also takes float8, which torch indexes on no device as such."""
     if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):

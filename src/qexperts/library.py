@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .formats import QuantWeight
+from .formats import QuantWeight, weight_fields
 from .ops import (
     Manner,
     PackedCall,
@@ -25,7 +25,6 @@ from .ops import (
     run_gradient,
     run_now,
     run_packed,
-    weight_fields,
 )
 from .plan import TokenPlan
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import Backend, Call, Problem, select
-from .formats import FORMATS, QuantWeight
+from .formats import FORMATS, QuantWeight, weight_fields
 from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
 from .workspace import clear_workspaces
@@ -43,6 +43,7 @@ def grouped_gemm(
     *,
     out: torch.Tensor | None = None,
     backend: str = "auto",
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """Multiply each row by the weight of its expert.
 
@@ -55,6 +56,8 @@ def grouped_gemm(
         plan: S rows over E experts, on the device of x.
         out: [S, N]; dtype of x; every element is written. Not with gradients.
         backend: "auto" or a name from `qexperts.backends.BACKENDS`.
+        activation_format: None, or "int8" (less exact, faster; `cpu` backend, integer weights, not traced): x rounded
+            to 127 steps of the largest magnitude of each row and group (256 k where a group is all of K).
     Returns: [S, N]; dtype of x; fp32 accumulation, rounded once; 0 in rows that belong to no expert.
     Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
 
@@ -71,10 +74,12 @@ def grouped_gemm(
         )
     if out is not None:
         _check_out(where, out, x, weight.N)
+    if activation_format not in ((None,) if traced(x) else (None, "int8")):
+        raise ValueError(f"{where}: activation_format is {activation_format!r}; expected None, or untraced 'int8'.")
     if traced(x):
         y = torch.ops.qexperts.grouped_gemm(x, plan.counts, *weight_fields(weight), backend)
     else:
-        y = run_now(where, x, weight, plan, backend)
+        y = run_now(where, x, weight, plan, backend, activation_format=activation_format)
     return y if out is None else out.copy_(y)
 
 
@@ -242,13 +247,6 @@ def _check_public(where: str, weight: QuantWeight) -> None:
         raise ValueError(f"{where}: the weight is already in layout {weight.weight_layout!r}; unprepare() it first.")
 
 
-def weight_fields(
-    w: QuantWeight,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, int | None, str, str, torch.dtype | None]:
-    """The fields of a weight as an operator takes them: QuantWeight(*weight_fields(w)) is w."""
-    return w.codes, w.scales, w.zeros, w.format.name, w.group_size, w.scale_layout, w.weight_layout, w.scale_dtype
-
-
 # activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
 PackedCall = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, bool]
 # where, scale_scheme, phase, decode_threshold
@@ -373,6 +371,7 @@ def run_now(
     phase: str = "auto",
     decode_threshold: int = 4,
     wide: bool = False,
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """Select a backend and run; what has been selected for a weight of this kind before is not selected again."""
     codes, scales, zeros = weight.codes, weight.scales, weight.zeros
@@ -384,6 +383,7 @@ def run_now(
             phase,
             decode_threshold,
             wide,
+            activation_format,
             *weight_fields(weight)[3:],
             x.dtype,
             x.stride(),
@@ -395,7 +395,9 @@ def run_now(
         known = _BOUND.get(key)
         if known is not None:
             return known(x, codes, scales, zeros, plan.counts)
-    problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold, wide=wide)
+    problem = Problem.of(
+        where, x, weight, phase=phase, decode_threshold=decode_threshold, wide=wide, activation_format=activation_format
+    )
     chosen = select(problem, backend)
     if key is not None:
         _remember(key, chosen, problem, weight)

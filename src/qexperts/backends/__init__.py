@@ -32,6 +32,7 @@ class Problem:
             decode_threshold rows.
         backward: the gradient with respect to the activations instead of the result.
         wide: the result is wanted in fp32, not rounded to the dtype of the activations if that can be helped.
+        activation_format: "int8" if activations are to be quantized by row and group, else None.
     """
 
     where: str
@@ -52,6 +53,7 @@ class Problem:
     decode_threshold: int = 4
     backward: bool = False
     wide: bool = False
+    activation_format: str | None = None
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class Problem:
         decode_threshold: int = 4,
         wide: bool = False,
         backward: bool = False,
+        activation_format: str | None = None,
     ) -> Problem:
         """The problem of multiplying x by weight."""
         return cls(
@@ -85,10 +88,12 @@ class Problem:
             decode_threshold=decode_threshold,
             backward=backward,
             wide=wide,
+            activation_format=activation_format,
         )
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        dtype += f" (as {self.activation_format})" if self.activation_format else ""
         return f"{self.format.name}, {dtype} activations on {describe_device(self.device)}"
 
 

@@ -11,6 +11,8 @@ Activations and the products they are multiplied in:
     bf16       dot products of bf16 pairs where there are instructions (AVX-512 BF16), else fp32
     fp16       as the sum of two bf16 numbers, which is exact, where there are; else fp32
     fp32       fp32
+    int8       (activation_format) each row and group rounded to 127 steps of its largest; dot products of bytes with
+               AVX-512 VNNI, else fp32: the same sums
 
 Codes are exact in each; scales and zero points are applied to a group's fp32 sum.
 """
@@ -84,6 +86,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         reason = "takes bf16, fp16 or fp32 activations"
     elif not fmt.quantized and problem.dtype not in (fmt.storage, torch.float32):
         reason = f"{fmt.name} weights need {fmt.name} activations"
+    elif problem.activation_format is not None and fmt.kind != "int":
+        reason = f"int8 activations are for integer weights, not {fmt.name}"
     elif problem.K % UNIT:
         reason = f"K={problem.K} is not a multiple of {UNIT}"
     elif fmt.quantized and group is not None and group % UNIT:
@@ -98,8 +102,9 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if isa is None:
         return why, "", False
     read = "packed weights" if fmt.quantized else "weights"
-    dot = _dot(isa, fmt.name, _NAMES[problem.dtype])
-    return None, f"kernels for {isa.name} ({why}) read the {read}, {dot} products", False
+    int8 = problem.activation_format is not None
+    dot = _dot(isa, fmt.name, _NAMES[problem.dtype], int8) + " products" + (" of int8 activations" if int8 else "")
+    return None, f"kernels for {isa.name} ({why}) read the {read}, {dot}", False
 
 
 def no_layout(weight: QuantWeight) -> str | None:
@@ -107,18 +112,20 @@ def no_layout(weight: QuantWeight) -> str | None:
     return no_panels(weight)
 
 
-def _dot(isa: Any, fmt: str, x: str) -> str:
+def _dot(isa: Any, fmt: str, x: str, int8: bool) -> str:
+    if int8:
+        return "int8" if "int8" in isa.dots else "fp32"
     return "bf16" if "bf16" in isa.dots and x != "fp32" and fmt != "fp16" else "fp32"
 
 
 def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     """y[r] = x[r] @ dequantize(weight)[expert(r)].T; [S, N]; dtype of x, or fp32 for problem.wide."""
     y = torch.empty(x.shape[0], weight.N, dtype=torch.float32 if problem.wide else x.dtype)
-    run_into(y, x, weight, plan.counts)
+    run_into(y, x, weight, plan.counts, problem.activation_format is not None)
     return y
 
 
-def run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+def run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor, int8: bool = False) -> None:
     """`run` into an existing result: [S, N]; dtype of x, or fp32; rows contiguous."""
     if x.shape[0] == 0:
         return
@@ -126,12 +133,13 @@ def run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torc
     assert isa is not None, why
     if y.dtype == torch.float16 and not isa.halves:  # no instruction rounds to fp16
         wide = torch.empty(y.shape, dtype=torch.float32)
-        run_into(wide, x, weight, counts)
+        run_into(wide, x, weight, counts, int8)
         y.copy_(wide)
         return
     prepared = weight.weight_layout != "public"
     source = "panels" if prepared else weight.code_order
-    key = (isa, weight.format.name, _NAMES[x.dtype], _NAMES[y.dtype], weight.scale_layout, weight.scale_dtype, source)
+    layout, dtype = weight.scale_layout, weight.scale_dtype
+    key = (isa, weight.format.name, _NAMES[x.dtype], _NAMES[y.dtype], layout, dtype, source, int8)
     if weight.zeros is not None and weight.scales is not None and weight.zeros.stride() != weight.scales.stride():
         weight = weight.with_tensors(weight.codes, weight.scales.contiguous(), weight.zeros.contiguous())
     _call(_kernel(key, weight.N, weight.K, weight.group_size), y, x, weight, counts.contiguous())
@@ -155,12 +163,12 @@ def _kernel(key: tuple[Any, ...], n: int, k: int, group_size: int | None) -> _Ke
     from ..kernels_cpu import build
     from ..kernels_cpu.spec import PANEL, Kind
 
-    isa, name, x, y, scale_layout, scale_dtype, source = key
+    isa, name, x, y, scale_layout, scale_dtype, source, int8 = key
     fmt = FORMATS[name]
     prepared = source == "panels"
     access = {"group": "strided", "channel": "strided", "block128": "block128", "tensor": "tensor", "none": ""}
     kind = Kind(
-        isa=isa, format=name, bits=fmt.bits, asym=fmt.asym, x=x, y=y, dot=_dot(isa, name, x), int8=False,
+        isa=isa, format=name, bits=fmt.bits, asym=fmt.asym, x=x, y=y, dot=_dot(isa, name, x, int8), int8=int8,
         scale=_NAMES[scale_dtype] if fmt.quantized else "",
         scale_access="vector" if prepared else access[scale_layout], source=source,
         panels=isa.panels if n >= isa.panels * PANEL else 1,

@@ -228,6 +228,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         return "fp32 activations run on the CPU only; use bf16 or fp16", "", False
     if not fmt.quantized and dtype not in (fmt.storage, torch.float32):
         return f"{fmt.name} weights need {fmt.name} activations", "", False
+    if problem.activation_format is not None:
+        return f"does not quantize activations to {problem.activation_format}", "", False
     way = _way(problem)
     first = "dequantizes all experts, " if fmt.quantized else ""
     if way == "cpu":

@@ -84,6 +84,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     reason = None
     if problem.dtype not in (torch.bfloat16, torch.float16):
         reason = "takes bf16 or fp16 activations"
+    elif problem.activation_format is not None:
+        reason = f"does not quantize activations to {problem.activation_format}"
     elif problem.backward:
         reason = "gradients run on the torch backend"
     elif not fmt.quantized and fmt.storage != problem.dtype:

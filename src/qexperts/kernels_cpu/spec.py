@@ -152,4 +152,5 @@ class Kind:
     @property
     def packs_x(self) -> bool:
         """Whether activations are read in another form than they are given in."""
-        return self.sums or not ((self.x == "fp32" and self.dot == "fp32") or (self.x == "bf16" == self.format))
+        as_given = self.x == self.dot and (self.dot == "fp32" or self.operands == 1)
+        return self.sums or not as_given

@@ -1,0 +1,273 @@
+"""Backend "cpu": every instruction set that this machine executes against the oracle and against the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from qexperts import (
+    FORMATS,
+    Problem,
+    QuantWeight,
+    TokenPlan,
+    UnsupportedError,
+    explain,
+    grouped_gemm,
+    moe,
+    prepare,
+    quantize,
+    unprepare,
+)
+from qexperts.backends import _say_skipped, cpu_backend
+from qexperts.reference import grouped_gemm_reference
+from qexperts.testing import Case, Inputs, assert_no_worse, judge, make_inputs, nan_filled, peer_gemm
+
+pytestmark = pytest.mark.skipif(not cpu_backend.installed(), reason="Numba is not installed")
+SRC = Path(__file__).resolve().parents[1] / "src"
+QUANTIZED = [name for name, fmt in FORMATS.items() if fmt.quantized]
+INTEGER = [name for name in QUANTIZED if FORMATS[name].kind == "int"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ROWS = (0, 7, 1, 0, 23, 4)  # what is unpacked in registers, and what first goes into the cache
+
+
+def isas() -> tuple[str, ...]:
+    if not cpu_backend.installed():
+        return ()
+    from qexperts.kernels_cpu.isa import executable
+
+    return executable()
+
+
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def multiply(inputs: Inputs, weight: QuantWeight | None = None, **options: str) -> torch.Tensor:
+    out = nan_filled(inputs.x.shape[0], inputs.weight.N, dtype=inputs.x.dtype)
+    return grouped_gemm(inputs.x, weight or inputs.weight, inputs.plan, out=out, backend="cpu", **options)
+
+
+# ---- instruction sets
+
+# A kind of kernel each; what one instruction set has in common for all formats needs no repetition.
+CASES = [
+    Case(ROWS, 80, 288, "int4_sym", 32, why="blocks of columns that overlap"),
+    Case(ROWS, 16, 272, "int4_asym", None, torch.float16, why="K in parts, the last one short"),
+    Case(ROWS, 64, 128, "int8_asym", 64, torch.float32, why="the strictest error rule"),
+    Case(ROWS, 64, 128, "int8_sym", 128, negative_scales=True),
+    Case(ROWS, 48, 256, "int2_sym", 64, torch.float16),
+    Case(ROWS, 64, 128, "fp8_e4m3", 32, torch.float16, why="codes below the smallest normal number"),
+    Case(ROWS, 16, 128, "fp8_e5m2", 64),
+    Case(ROWS, 64, 272, "fp16", None, torch.float16),
+    Case(ROWS, 16, 272, "bf16", None),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("isa", isas())
+def test_instruction_sets(isa: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPERTS_CPU_ISA", isa)
+    inputs = make_inputs(case)
+    assert f"kernels for {isa} (QEXPERTS_CPU_ISA says so)" in answer(inputs).note
+    got = multiply(inputs)
+    assert_no_worse(got, inputs.oracle, inputs.peer, case.K)
+    assert torch.equal(multiply(inputs, prepare(inputs.weight, "cpu", keep_source=True)), got)
+
+
+def answer(inputs: Inputs):  # type: ignore[no-untyped-def]
+    return next(a for a in explain(Problem.of("test", inputs.x, inputs.weight)) if a.backend == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("forced", "reason"), [("avx1024", "expected one of avx512_bf16, avx512, avx2, plain")], ids=str
+)
+def test_an_instruction_set_that_cannot_be_says_so(forced: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPERTS_CPU_ISA", forced)
+    with pytest.raises(UnsupportedError, match=f"QEXPERTS_CPU_ISA={forced}.*{reason}"):
+        multiply(make_inputs(CASES[0]))
+
+
+def test_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qexperts.kernels_cpu import isa
+
+    monkeypatch.setattr(isa, "_features", lambda: {"avx2": True, "fma": True})
+    isa.choose.cache_clear()
+    isa.executable.cache_clear()
+    try:
+        assert isa.executable() == ("plain",)
+        chosen, why = isa.choose("")
+        assert chosen is not None and chosen.name == "plain" and why == "avx2 needs f16c, bmi2"
+        assert isa.choose("avx512")[0] is None and "which this CPU lacks" in isa.choose("avx512")[1]
+    finally:
+        isa.choose.cache_clear()
+        isa.executable.cache_clear()
+
+
+# ---- every code, every layout of scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_every_code_exactly(fmt: str, dtype: torch.dtype) -> None:
+    """One row of x picks one column of w: the product is the weight, rounded once."""
+    record, k = FORMATS[fmt], 256
+    raw = torch.arange(k * record.bits // 8, dtype=torch.int64).repeat(1, 16, 1) % 256
+    raw[0, 1:] = raw[0, 1:].flip(1)
+    codes = raw.to(torch.uint8).view(record.storage) if record.kind == "fp8" else raw.to(torch.uint8)
+    if record.kind == "fp8":
+        codes = torch.where(codes.float().isfinite(), codes.float(), 1.0).to(record.storage)
+    scales = torch.full((1, 16, k // 32), 0.5)
+    zeros = torch.full_like(scales, 2**record.bits) if record.asym else None
+    weight = QuantWeight(codes, scales, zeros, fmt, 32)
+    x = torch.eye(k).to(dtype)
+    got = grouped_gemm(x, weight, TokenPlan.from_counts(torch.tensor([k], dtype=torch.int32), k), backend="cpu")
+    expected = grouped_gemm_reference(x, weight, [k]).to(dtype)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("scale_layout", ["channel", "tensor", "block128"])
+@pytest.mark.parametrize("scale_dtype", DTYPES, ids=name_of)
+def test_scale_layouts(scale_layout: str, scale_dtype: torch.dtype) -> None:
+    rows = (5, 0, 2)
+    dense = torch.randn(3, 144, 320, generator=torch.Generator().manual_seed(0)) * 320**-0.5
+    weight = quantize(dense, "fp8_e4m3", scale_layout=scale_layout, scale_dtype=scale_dtype)
+    x = torch.randn(7, 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs = Inputs.of(x, weight, rows)
+    got = multiply(inputs)
+    assert_no_worse(got, inputs.oracle, inputs.peer, 320)
+    prepared = prepare(weight, "cpu", keep_source=True)
+    assert prepared.weight_layout == "panels" and torch.equal(multiply(inputs, prepared), got)
+    restored = unprepare(prepared)
+    for field in dataclasses.fields(weight):
+        one, other = getattr(restored, field.name), getattr(weight, field.name)
+        same = torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if torch.is_tensor(one) else one == other
+        assert same, field.name
+
+
+# ---- rows
+
+
+def test_a_hot_expert_an_odd_stride_and_rows_of_nobody() -> None:
+    inputs = make_inputs(Case((1, 530, 0, 5), 64, 128, "int4_sym", 32))
+    wide = torch.full((536, 300), float("nan"), dtype=torch.bfloat16)
+    wide[:, 3:131] = inputs.x
+    got = grouped_gemm(wide[:, 3:131], inputs.weight, inputs.plan, backend="cpu")
+    assert_no_worse(got, inputs.oracle, inputs.peer, 128)
+    for dtype in (torch.int32, torch.int64):
+        plan = TokenPlan(torch.tensor([1, 500, 0, 5], dtype=dtype), 536)
+        some = grouped_gemm(inputs.x, inputs.weight, plan, out=nan_filled(536, 64, dtype=inputs.x.dtype), backend="cpu")
+        assert torch.equal(some[:501], got[:501]) and not some[506:].any()
+
+
+def test_threads_and_phases_change_no_bit() -> None:
+    inputs = make_inputs(Case((3, 250, 0, 90), 192, 128, "int8_sym", 32))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(multiply(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    w = inputs.weight
+    call = dict(scales=w.scales, weight_bits=8, group_size=32)
+    results += [moe(inputs.x, w.codes, inputs.counts, **call, phase=phase) for phase in ("decode", "prefill")]  # type: ignore[arg-type]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# ---- int8 activations
+
+
+def int8_activations(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x after rounding each row and group to 127 steps, in fp64."""
+    groups = x.double().unflatten(1, (-1, group))
+    top = groups.abs().amax(2, keepdim=True)
+    scale = torch.where(top == 0, 1.0, top.float() / 127).double()
+    return (torch.round((groups.float() * torch.where(top == 0, 1.0, 127 / top.float())).double()) * scale).flatten(1)
+
+
+@pytest.mark.parametrize("fmt", INTEGER)
+@pytest.mark.parametrize("isa", [name for name in isas() if name in ("avx512_bf16", "avx2")])
+def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPERTS_CPU_ISA", isa)
+    inputs = make_inputs(Case(ROWS, 64, 128, fmt, 32))
+    inputs.x[3] = 0  # a group of zeros
+    inputs = Inputs.of(inputs.x, inputs.weight, ROWS)
+    x = int8_activations(inputs.x, 32)
+    oracle = grouped_gemm_reference(x, inputs.weight, ROWS)
+    got = multiply(inputs, activation_format="int8")
+    assert_no_worse(got, oracle, peer_gemm(x.to(torch.bfloat16), inputs.weight, ROWS), 128)
+    assert 1e-3 < judge(got, inputs.oracle, inputs.peer, 128).error < 2e-2  # and what it costs
+    assert not torch.equal(multiply(inputs), got), "never the default"
+
+
+def test_int8_activations_are_for_integer_weights_on_this_backend() -> None:
+    inputs = make_inputs(Case(ROWS, 16, 64, "fp8_e4m3", 32))
+    with pytest.raises(UnsupportedError, match="cpu: int8 activations are for integer weights, not fp8_e4m3"):
+        grouped_gemm(inputs.x, inputs.weight, inputs.plan, activation_format="int8")
+    with pytest.raises(ValueError, match="activation_format is 'int4'; expected None"):
+        grouped_gemm(inputs.x, inputs.weight, inputs.plan, activation_format="int4")
+
+
+# ---- who cannot run says why
+
+
+def test_without_numba_auto_falls_to_torch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "installed", lambda: False)
+    _say_skipped.cache_clear()
+    inputs = make_inputs(Case(ROWS, 16, 64, "int4_sym", 32))
+    with pytest.raises(UnsupportedError, match=r"cpu: Numba is not installed: pip install 'qexperts\[cpu\]'"):
+        multiply(inputs)
+    with pytest.warns(RuntimeWarning, match="backend cpu is skipped: Numba is not installed"):
+        got = grouped_gemm(inputs.x, inputs.weight, inputs.plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(grouped_gemm(inputs.x, inputs.weight, inputs.plan, backend="auto"), got)
+    assert_no_worse(got, inputs.oracle, inputs.peer)
+
+
+# ---- the cache of compiled kernels
+
+PROBE = """
+import sys, time
+import torch, qexperts
+w = qexperts.quantize(torch.ones(1, 16, 64), "int4_sym", group_size=32, scale_dtype=torch.bfloat16)
+x, plan = torch.ones(1, 64).bfloat16(), qexperts.TokenPlan.from_counts(torch.tensor([1]), 1)
+start = time.perf_counter()
+y = qexperts.grouped_gemm(x, w, plan, backend="cpu")
+print(time.perf_counter() - start, "numba" in sys.modules)
+assert y[0, 0] == 64, y
+"""
+
+
+def probe(directory: Path) -> tuple[float, str, str]:
+    env = os.environ | {"QEXPERTS_CACHE_DIR": str(directory), "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, numba = done.stdout.split()
+    return float(seconds), numba, done.stderr
+
+
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    _, numba, said = probe(tmp_path)
+    assert numba == "True" and said.count("qexperts: compiling") == 3 and "int4_sym, bf16 activations" in said
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 3
+    seconds, numba, said = probe(tmp_path)
+    assert seconds < 1 and numba == "False" and said == "", (seconds, numba, said)
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # a file that was cut off is made again
+    assert probe(tmp_path)[2].count("qexperts: compiling") == 1
+
+
+def test_a_cache_that_cannot_be_written_works_with_one_warning(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    said = probe(file / "below")[2]
+    assert said.count("qexperts: compiling") == 3 and said.count("RuntimeWarning") == 1
+    assert "Set QEXPERTS_CACHE_DIR to a directory that can be written" in said
