@@ -15,9 +15,10 @@ ARGS ?=
 # What test-cross compiles with besides the installed Triton.
 OLD_TRITON ?= 3.6.0
 
-# $(call run,EXTRA,ARGUMENTS): python ARGUMENTS on this checkout, where EXTRA's requirements are installed.
+# $(call run,EXTRA,ARGUMENTS): python ARGUMENTS on this checkout, where EXTRA's requirements are installed, and those of
+# the CPU kernels if they can be.
 define run
-python="$$($(PYTHON) scripts/bootstrap.py $(1) $(if $(TORCH),--torch '$(TORCH)'))" && \
+python="$$($(PYTHON) scripts/bootstrap.py $(1) --wish cpu $(if $(TORCH),--torch '$(TORCH)'))" && \
 export PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" && set -x && "$$python" $(2)
 endef
 

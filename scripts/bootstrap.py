@@ -1,12 +1,13 @@
 """Find or make the Python environment of a make target and print its interpreter.
 
-    python3 scripts/bootstrap.py EXTRA [--torch SPEC]        EXTRA: an extra of pyproject.toml
+    python3 scripts/bootstrap.py EXTRA [--wish EXTRA] [--torch SPEC]        EXTRA: an extra of pyproject.toml
 
 The environment is the active one ($VIRTUAL_ENV, or the interpreter running this if it is a virtual environment's), else
 .venv beside pyproject.toml, made at first use; where the base interpreter has torch, .venv sees its packages. Then pip
 installs the requirements of the core and of EXTRA that are not satisfied; with none, pip is not called. In an
 environment that is not ours nothing else changes: torch, and the Triton that belongs to it, are never replaced, and
-qexperts itself is not installed.
+qexperts itself is not installed. What --wish names is installed too, but only said to be missing where it cannot be (no
+network): the package works without it.
 
 Standard output holds the interpreter's path alone; progress goes to standard error. Standard library only.
 """
@@ -158,12 +159,25 @@ def install(missing: dict[str, str], torch: str) -> None:
         fail(f"pip could not install {PROJECT} itself: see its message above")
 
 
+def wish(lines: list[str]) -> None:
+    """Install what is missing of an extra that the package works without, in one short try."""
+    missing = unsatisfied(lines)
+    if not missing or any(name in missing for name in KEPT):
+        return
+    need("pip")
+    say(f"installing into {sys.prefix}: {', '.join(missing.values())}")
+    pip = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--retries", "0", "--timeout", "10")
+    if not call(*pip, *missing.values()):
+        say(f"going on without {', '.join(missing)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("extra", help="extra of pyproject.toml whose requirements must be there")
     parser.add_argument(
         "--torch", default=TORCH, metavar="SPEC", help=f"what to install if there is no torch ({TORCH})"
     )
+    parser.add_argument("--wish", metavar="EXTRA", help="extra that is installed if it can be")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if sys.version_info < (3, 10):  # noqa: UP036 (the one place where an older Python may arrive)
@@ -174,14 +188,16 @@ def main() -> None:
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = need("tomllib", "tomli", "pip._vendor.tomli").load(file)["project"]
     extras = project["optional-dependencies"]
-    if arguments.extra not in extras:
-        parser.error(f"{arguments.extra!r} is not an extra of pyproject.toml; there are {', '.join(extras)}")
+    if unknown := {arguments.extra, arguments.wish or arguments.extra} - set(extras):
+        parser.error(f"{', '.join(sorted(unknown))} is not an extra of pyproject.toml; there are {', '.join(extras)}")
     lines = requirements(project, arguments.extra)
     if missing := unsatisfied(lines):
         install(missing, arguments.torch)
         importlib.invalidate_caches()
         if missing := unsatisfied(lines):
             fail(f"still not satisfied after pip: {', '.join(missing.values())}")
+    if arguments.wish:
+        wish(requirements(project, arguments.wish))
     print(sys.executable)
 
 
