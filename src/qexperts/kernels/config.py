@@ -87,7 +87,7 @@ def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> Deco
     unit, parts = 128 if w.layout == "tiles128" else block_k, 1  # a part is whole tiles
     while parts < 4 and -(-w.N * parts // 128) * slots < 2.5 * processors and _splits(w.K, w.group, 2 * parts, unit):
         parts *= 2
-    if bits >= 8 and parts == 1:
+    if bits >= 8 and (parts == 1 or w.layout == "strided"):
         return DecodeConfig(64, 64, 4)
     limit = (
         parts == 1 and w.layout == "tiles128" and w.group >= 128 and not OPERAND_SLICES_OF_64

@@ -17,7 +17,8 @@ and T = BLOCK_M / PARTS, row p R + n of the tile is row n of the weight in part 
 p, and what counts are the PARTS blocks on the diagonal; `sum_parts` adds them.
 
 On NVIDIA the matrix instructions of a block run on into the next round. Triton 3.6 lets them do so even while the next
-left operand is written over theirs, unless the assembler puts waits of its own: in decode it does not, hence WAIT.
+left operand is written over theirs, unless the assembler puts waits of its own: for strided codes and in decode it does
+not, hence WAIT.
 
 Glossary: B blocks of 64 k in BLOCK_K, q lane of a fragment, J words of a lane in a block, s step of 16 k.
 """
@@ -332,7 +333,7 @@ def accumulate(
                 w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, BLOCK_K, PATH
             )
         acc = _dot(a, x, acc, PATH)
-        if WAIT and PATH == "ptx" and LAYOUT != "strided":
+        if PATH == "ptx" and FORMAT != "bf16" and FORMAT != "fp16" and (WAIT or LAYOUT == "strided"):
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)  # a use of the sums
     if _is_fast(LAYOUT, GROUP, BLOCK_K, PATH, DTYPE, SCALE):
         acc *= 2.0 ** fast_exponent()
