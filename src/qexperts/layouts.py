@@ -28,19 +28,20 @@ def tile_k(bits: int, k: int) -> int:
 
 def no_tiles(weight: QuantWeight) -> str | None:
     """Why a public weight has no "tiles" layout, or None."""
-    if not weight.format.quantized:
-        return f"{weight.format.name} weights are read as they are"
-    if weight.K % TILE_K:
-        return f"K={weight.K} is not a multiple of {TILE_K}"
-    return None if weight.codes.is_contiguous() else "the codes are a strided view"
+    return _stays_public(weight, TILE_K)
 
 
 def no_panels(weight: QuantWeight) -> str | None:
     """Why a public weight has no "panels" layout, or None."""
+    return _stays_public(weight, PANEL_K)
+
+
+def _stays_public(weight: QuantWeight, unit: int) -> str | None:
+    """Why a public weight has no layout made of pieces of unit k, or None."""
     if not weight.format.quantized:
         return f"{weight.format.name} weights are read as they are"
-    if weight.K % PANEL_K:
-        return f"K={weight.K} is not a multiple of {PANEL_K}"
+    if weight.K % unit:
+        return f"K={weight.K} is not a multiple of {unit}"
     return None if weight.codes.is_contiguous() else "the codes are a strided view"
 
 

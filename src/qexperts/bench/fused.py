@@ -18,28 +18,65 @@ from .binding import Bound
 from .candidates import Candidate
 from .workloads import Workload
 
-__all__ = ["BACKEND", "FusedProvider"]
+__all__ = ["FusedProvider", "PackedProvider"]
 
 BACKEND = "triton"
 
 
-class FusedProvider:
-    """Kernels of the backend "triton". The prepared copy of the weight is made once."""
+class PackedProvider:
+    """What providers share whose backend reads packed weights. The prepared copy of the weight is made once.
 
-    def __init__(self, workload: Workload, tensors: Inputs) -> None:
+    Args:
+        backend: its name.
+        no_layout: of the backend: why it has no prepared layout for a weight.
+    """
+
+    def __init__(self, tensors: Inputs, backend: str, no_layout: Callable[[QuantWeight], str | None]) -> None:
         self._t = tensors
+        self._backend, self._no_layout = backend, no_layout
         self._prepared: QuantWeight | None = None
 
     def refuse(self, candidate: Candidate) -> str | None:
-        answer = next(a for a in explain(self._problem(candidate, self._t.weight)) if a.backend == BACKEND)
+        problem = self._problem(candidate, self._t.weight)
+        answer = next(a for a in explain(problem) if a.backend == self._backend)
         if not answer.ok:
             return answer.reason
         if candidate.layout == "prepared":
-            return triton_backend.no_layout(self._t.weight)
-        chosen = select(self._problem(candidate, self._t.weight)).name
-        if candidate.api == "wrapper" and chosen != BACKEND:
+            return self._no_layout(self._t.weight)
+        chosen = select(problem).name
+        if candidate.api == "wrapper" and chosen != self._backend:
             return f"moe() takes the backend {chosen} here"
         return None
+
+    def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
+        t, w, fmt = self._t, weight, weight.format
+        if candidate.layout == "prepared":
+            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), backend=self._backend)
+        options = {
+            "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
+            "asym": fmt.asym, "phase": candidate.phase,
+        }  # fmt: skip
+        return lambda: moe(t.x, w.codes, t.counts, **options)
+
+    def _problem(self, candidate: Candidate, weight: QuantWeight) -> Problem:
+        return Problem.of("bench", self._t.x, weight, phase=candidate.phase or "auto")
+
+    def _schedule(self, strategy: Strategy) -> Schedule:
+        return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
+
+    def _weight(self, candidate: Candidate) -> QuantWeight:
+        if candidate.layout == "public":
+            return self._t.weight
+        if self._prepared is None:
+            self._prepared = prepare(self._t.weight, self._backend, keep_source=True)
+        return self._prepared
+
+
+class FusedProvider(PackedProvider):
+    """Kernels of the backend "triton"."""
+
+    def __init__(self, workload: Workload, tensors: Inputs) -> None:
+        super().__init__(tensors, BACKEND, triton_backend.no_layout)
 
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:
         strategy = candidate.strategy
@@ -82,32 +119,9 @@ class FusedProvider:
 
         return Bound(run, Counter(), None, uses_scratch=False, config=_config(candidate, weight, t.x.shape[0]))
 
-    def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
-        t, w, fmt = self._t, weight, weight.format
-        if candidate.layout == "prepared":
-            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), backend=BACKEND)
-        options = {
-            "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
-            "asym": fmt.asym, "phase": candidate.phase,
-        }  # fmt: skip
-        return lambda: moe(t.x, w.codes, t.counts, **options)
-
-    def _problem(self, candidate: Candidate, weight: QuantWeight) -> Problem:
-        return Problem.of("bench", self._t.x, weight, phase=candidate.phase or "auto")
-
-    def _schedule(self, strategy: Strategy) -> Schedule:
-        return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
-
     def _tables(self, schedule: Schedule) -> triton_backend.TileTables | None:
         """None for one grouped launch: its schedule is made on the device, inside the clock."""
         return None if schedule.grouped else triton_backend.TileTables(schedule, self._t.weight.E)
-
-    def _weight(self, candidate: Candidate) -> QuantWeight:
-        if candidate.layout == "public":
-            return self._t.weight
-        if self._prepared is None:
-            self._prepared = prepare(self._t.weight, BACKEND, keep_source=True)
-        return self._prepared
 
 
 def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:

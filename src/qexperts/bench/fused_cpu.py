@@ -8,40 +8,26 @@ from collections.abc import Callable
 
 import torch
 
-from ..backends import Problem, cpu_backend, explain, select
+from ..backends import cpu_backend
 from ..backends.cpu_backend import PackedGemm
 from ..formats import QuantWeight
-from ..ops import grouped_gemm, moe, prepare
-from ..plan import TokenPlan
-from ..strategies import Schedule, Strategy, Take
+from ..strategies import Take
 from ..testing import Inputs
 from .binding import Bound
 from .candidates import Candidate
+from .fused import PackedProvider
 from .workloads import Workload
 
-__all__ = ["BACKEND", "CpuProvider"]
+__all__ = ["CpuProvider"]
 
 BACKEND = "cpu"
 
 
-class CpuProvider:
-    """Kernels of the backend "cpu". The prepared copy of the weight is made once."""
+class CpuProvider(PackedProvider):
+    """Kernels of the backend "cpu"."""
 
     def __init__(self, workload: Workload, tensors: Inputs) -> None:
-        self._t = tensors
-        self._prepared: QuantWeight | None = None
-
-    def refuse(self, candidate: Candidate) -> str | None:
-        problem = Problem.of("bench", self._t.x, self._t.weight, phase=candidate.phase or "auto")
-        answer = next(a for a in explain(problem) if a.backend == BACKEND)
-        if not answer.ok:
-            return answer.reason
-        if candidate.layout == "prepared":
-            return cpu_backend.no_layout(self._t.weight)
-        chosen = select(problem).name
-        if candidate.api == "wrapper" and chosen != BACKEND:
-            return f"moe() takes the backend {chosen} here"
-        return None
+        super().__init__(tensors, BACKEND, cpu_backend.no_layout)
 
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:
         strategy = candidate.strategy
@@ -59,26 +45,6 @@ class CpuProvider:
         schedule = self._schedule(candidate.strategy)
         bound = schedule.bind(x, PackedGemm(weight, take), None if schedule.grouped else y, take)
         return Bound(bound, bound.counts, schedule.padded_rows, config=config)
-
-    def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
-        t, w, fmt = self._t, weight, weight.format
-        if candidate.layout == "prepared":
-            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), backend=BACKEND)
-        options = {
-            "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
-            "asym": fmt.asym, "phase": candidate.phase,
-        }  # fmt: skip
-        return lambda: moe(t.x, w.codes, t.counts, **options)
-
-    def _schedule(self, strategy: Strategy) -> Schedule:
-        return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
-
-    def _weight(self, candidate: Candidate) -> QuantWeight:
-        if candidate.layout == "public":
-            return self._t.weight
-        if self._prepared is None:
-            self._prepared = prepare(self._t.weight, BACKEND, keep_source=True)
-        return self._prepared
 
 
 def _run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> torch.Tensor:
