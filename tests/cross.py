@@ -163,7 +163,7 @@ def launch(build: Build) -> None:
     elif build.kernel == "permute":
         permute.launch(x, x, fmt.name)
     elif build.kernel == "prefill":
-        c = config.prefill_config(w, nvidia)
+        c = config.prefill_config(w, dtype, nvidia)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
     else:
         slots, condition = (EXPERTS if build.many else 8), 2 if build.kernel == "decode-auto" else 0

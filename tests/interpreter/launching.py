@@ -85,7 +85,7 @@ def multiply(
         c = dataclasses.replace(c, parts=parts or c.parts)
         decode.launch(y, permuted(x, w), w, counts, c, limit, condition, PATH)
     else:
-        p = config.prefill_config(w, nvidia)
+        p = config.prefill_config(w, x.dtype, nvidia)
         tiles = framed(torch.full((schedule.size(s, weight.E),), -7, dtype=torch.int32))
         schedule.launch(tiles, y, counts, limit, condition)
         assert guards_hold(tiles)

@@ -231,10 +231,10 @@ def _path(device: torch.device) -> str:
     return "interpreter" if device.type == "cpu" else "portable"
 
 
-def _prefill_config(w: Any, device: torch.device) -> Any:
+def _prefill_config(w: Any, dtype: torch.dtype, device: torch.device) -> Any:
     from ..kernels.config import prefill_config
 
-    return prefill_config(w, _nvidia(device))
+    return prefill_config(w, dtype, _nvidia(device))
 
 
 def _decode_config(w: Any, device: torch.device, rows: int, experts: int) -> Any:
@@ -290,7 +290,7 @@ class _Prefill:
     ) -> None:
         from ..kernels import prefill, schedule
 
-        c, experts = _prefill_config(w, x.device), counts.shape[0]
+        c, experts = _prefill_config(w, x.dtype, x.device), counts.shape[0]
         self._size = schedule.size(x.shape[0], experts)
         self._schedule = schedule.bind(y, counts, limit, condition)
         x, self._permute = _permutation(x, w)
@@ -437,7 +437,7 @@ class PackedGemm:
 
         w = operand(weight)
         device = weight.device
-        c, path = prefill_config_of(weight), _path(device)
+        c, path = prefill_config_of(weight, x.dtype), _path(device)
         launch = prefill.bind(out, x, w, weight.E, c, c.programs_per_sm * _processors(device), path)
         return Step("gemm", lambda: launch(out, x, w.w, w.s, w.z, table))
 
@@ -456,11 +456,11 @@ class PackedGemm:
         return steps
 
 
-def prefill_config_of(weight: QuantWeight) -> Any:
-    """The tile sizes of a prefill with this weight."""
+def prefill_config_of(weight: QuantWeight, dtype: torch.dtype) -> Any:
+    """The tile sizes of a prefill with this weight and activations of this dtype."""
     from ..kernels.operand import operand
 
-    return _prefill_config(operand(weight), weight.device)
+    return _prefill_config(operand(weight), dtype, weight.device)
 
 
 def decode_config_of(weight: QuantWeight, rows: int) -> Any:

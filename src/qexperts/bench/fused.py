@@ -90,7 +90,7 @@ class FusedProvider(PackedProvider):
 
     def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
         weight = self._weight(candidate)
-        config = _config(candidate, weight, self._t.x.shape[0])
+        config = _config(candidate, weight, self._t.x)
         if candidate.api == "wrapper":
             return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
         if candidate.strategy is None:
@@ -117,7 +117,7 @@ class FusedProvider(PackedProvider):
             triton_backend.run_into(problem, y, t.x, weight, t.counts)
             return y
 
-        return Bound(run, Counter(), None, uses_scratch=False, config=_config(candidate, weight, t.x.shape[0]))
+        return Bound(run, Counter(), None, uses_scratch=False, config=_config(candidate, weight, t.x))
 
     def _tables(self, schedule: Schedule) -> triton_backend.TileTables | None:
         """None for one grouped launch: its schedule is made on the device, inside the clock."""
@@ -129,11 +129,11 @@ def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     return run()
 
 
-def _config(candidate: Candidate, weight: QuantWeight, rows: int) -> str:
+def _config(candidate: Candidate, weight: QuantWeight, x: torch.Tensor) -> str:
     phase = candidate.phase
     parts = []
     if phase != "decode":
-        parts.append(triton_backend.prefill_config_of(weight))
+        parts.append(triton_backend.prefill_config_of(weight, x.dtype))
     if phase != "prefill":
-        parts.append(triton_backend.decode_config_of(weight, rows))
+        parts.append(triton_backend.decode_config_of(weight, x.shape[0]))
     return f"{BACKEND}: {', '.join(map(repr, parts))}"

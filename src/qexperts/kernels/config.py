@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import triton
 import triton.language as tl
 
 from ..formats import FORMATS
-from .operand import Operand
+from .operand import Operand, tl_dtype
 
 __all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config", "valid"]
 
@@ -40,7 +41,7 @@ class PrefillConfig:
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4);
-    registers of a thread at most, so that more programs are resident (0: no limit)."""
+    registers of a thread at most, so that more programs are resident (0: no limit); blocks of K loaded together."""
 
     block_n: int
     block_k: int
@@ -49,27 +50,25 @@ class DecodeConfig:
     block_m: int = 16
     parts: int = 1
     registers: int = 0
+    unroll: int = 1
 
 
-def prefill_config(w: Operand, nvidia: bool) -> PrefillConfig:
-    """Sizes of a prefill with this weight.
+def prefill_config(w: Operand, dtype: torch.dtype, nvidia: bool) -> PrefillConfig:
+    """Sizes of a prefill with this weight and activations of this dtype.
 
-    On NVIDIA either one program of 8 warps or two of 4 share a multiprocessor: 227 KiB of shared memory and 255
-    registers a thread. Blocks of 128 k fit in that only with one scale of two bytes for each row of the block. Since
-    3.7, Triton keeps 64 instead of 16 k of the left operand in registers, which leaves 8-bit codes only programs of 8
-    warps; with Triton 3.6, where both were measured, those took 20-25% longer (128x128, bf16).
+    On NVIDIA two programs of 4 warps share a multiprocessor, one multiplies while the other dequantizes: 227 KiB of
+    shared memory and 255 registers a thread. Blocks of 128 k fit in that only under 8 bits, with one scale of two bytes
+    for each row of the block. One program of 8 warps took 10-30% longer, but spills less.
     """
-    bits, wide = FORMATS[w.format].bits, w.scale == tl.float32
+    bits = FORMATS[w.format].bits
     if not nvidia or (w.layout == "strided" and w.strides[2] != 1):  # N is contiguous
         return PrefillConfig(64, 64, 3 if nvidia else 2)
     if w.layout == "strided":
         return PrefillConfig(128, 64, 3)
     one_scale = w.group == 128 or (w.group > 128 and w.layout != "public")
-    if bits < 8 and w.K % 128 == 0 and one_scale and not wide:
-        if w.N % 256 == 0 or OPERAND_SLICES_OF_64:
-            return PrefillConfig(256, 128, 3, warps=8, programs_per_sm=1)
+    if bits < 8 and w.K % 128 == 0 and one_scale and w.scale != tl.float32:
         return PrefillConfig(128, 128, 3)
-    if OPERAND_SLICES_OF_64:
+    if (bits == 8 and w.scale != tl_dtype(dtype)) or (w.layout == "public" and w.K % 64 and 0 < w.group < 64):
         return PrefillConfig(128, 64, 4, warps=8, programs_per_sm=1)
     return PrefillConfig(128, 64, 4)
 
@@ -78,21 +77,30 @@ def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> Deco
     """Sizes of a decode; slots: active experts at most.
 
     Blocks of 128 rows of the weight need the fewest instructions a code, which is what bounds codes under 8 bits; 8-bit
-    ones are bound by memory. Where there are few programs, a block is made of parts of K rather than of rows.
+    ones are bound by memory. Rows of public weights are read 128 bytes at a time where that can be: 64 at a time took
+    up to 1.4 times as long. Where there are few programs, a block is made of parts of K rather than of rows.
     """
     if not nvidia:
         return DecodeConfig(64, 64, 2)
-    bits = FORMATS[w.format].bits
-    block_k = 128 if bits < 8 and w.K % 128 == 0 and (w.group == 0 or w.group >= 128) else 64
+    bits, public = FORMATS[w.format].bits, w.layout == "public"
+    one_scale = w.K % 128 == 0 and (w.group == 0 or w.group >= 128)
+    block_k = 128 if bits < 8 and one_scale else 64
     unit, parts = 128 if w.layout == "tiles128" else block_k, 1  # a part is whole tiles
     while parts < 4 and -(-w.N * parts // 128) * slots < 2.5 * processors and _splits(w.K, w.group, 2 * parts, unit):
         parts *= 2
+    if bits == 8 and public and one_scale and parts == 1:
+        return DecodeConfig(128, 128, 3)
     if bits >= 8 and (parts == 1 or w.layout == "strided"):
         return DecodeConfig(64, 64, 4)
-    limit = (
-        parts == 1 and w.layout == "tiles128" and w.group >= 128 and not OPERAND_SLICES_OF_64
-    )  # where nothing spills
-    return DecodeConfig(128, block_k, 3 if block_k == 128 else 4, parts=parts, registers=80 if limit else 0)
+    if block_k == 64:
+        return DecodeConfig(128, 64, 4, parts=parts)
+    if parts > 1:
+        return DecodeConfig(128, 128, 3, parts=parts)
+    if bits == 2 and w.layout == "tiles128" and w.group >= 128 and not OPERAND_SLICES_OF_64:  # nothing spills
+        return DecodeConfig(128, 128, 3, registers=80)
+    if bits == 4 and public:
+        return DecodeConfig(128, 128, 3, unroll=2)
+    return DecodeConfig(128, 128, 4)
 
 
 def _splits(k: int, group: int, parts: int, unit: int) -> bool:

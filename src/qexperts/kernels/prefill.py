@@ -55,7 +55,7 @@ def _tile(
     acc = accumulate(
         acc, x_ptr + row.to(tl.int64) * stride_xm, w_ptr, s_ptr, z_ptr, rows, stride_xm, first_n,
         0, tl.cdiv(K, BLOCK_K) * BLOCK_K, N, K, stride_wn, stride_wk, stride_sn, stride_sg,
-        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, EVEN_K, BLOCK_K, STAGES, PATH, 1, False,
+        FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, False, EVEN_K, BLOCK_K, STAGES, PATH, 1, 1, True,
     )  # fmt: skip
     _store(y_ptr, acc, row, rows, first_n, N, BLOCK_M, BLOCK_N, PATH)
 
