@@ -204,14 +204,14 @@ def _dot(a, x, acc, PATH: tl.constexpr):
 
 
 @triton.jit
-def _load_x(x_ptr, k, offs_x, columns, mask, width_x, EVEN_K: tl.constexpr, MASK_X: tl.constexpr):
+def _load_x(x_ptr, k, offs_x, mask, width_x, EVEN_K: tl.constexpr, MASK_X: tl.constexpr):
     """Columns k .. of the tile's rows of x: [COLUMNS, BLOCK_M]; mask: [1, BLOCK_M]."""
     if EVEN_K and not MASK_X:
         x = tl.load(x_ptr + k + offs_x)
     elif EVEN_K:
         x = tl.load(x_ptr + k + offs_x, mask=mask, other=0.0)
     else:
-        x = tl.load(x_ptr + k + offs_x, mask=mask & (k + columns < width_x)[:, None], other=0.0)
+        x = tl.load(x_ptr + k + offs_x, mask=mask & (k + tl.arange(0, offs_x.shape[0]) < width_x)[:, None], other=0.0)
     return x
 
 
@@ -279,10 +279,37 @@ def _dequant(
 
 
 @triton.jit
-def _halves(w):
-    """Two blocks of 64 k, [BLOCK_N, 2, 4, J], one by one."""
-    first, second = tl.split(tl.permute(w, (0, 2, 3, 1)))
-    return tl.expand_dims(first, 1), tl.expand_dims(second, 1)
+def _row_operands(
+    s_ptr, z_ptr, rows, next_s, next_z, k, k_stop, stride_sg, FORMAT: tl.constexpr, TILES: tl.constexpr,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr,
+    ONE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero operands of the block at k and, AHEAD, of the next one; [BLOCK_N], where each row has ONE."""
+    s, z = rows, rows  # not used
+    if AHEAD:
+        s, z = next_s, next_z
+        if GROUP > 0:
+            offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
+            next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+    elif ONE:
+        s, z = _operands(s_ptr, z_ptr, rows + _group(k, GROUP) * stride_sg, FORMAT, TILES, SCALE, DTYPE, PATH)
+    return s, z, next_s, next_z
+
+
+@triton.jit
+def _left_operands(
+    w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, DTYPE: tl.constexpr, STEP: tl.constexpr, PATH: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """A block of packed weights as one matrix operand or as TWO, of 64 k each."""
+    if TWO:
+        w, second = tl.split(tl.permute(w, (0, 2, 3, 1)))
+        w, second = tl.expand_dims(w, 1), tl.expand_dims(second, 1)
+    a = _dequant(w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, STEP, PATH)
+    b = a
+    if TWO:
+        b = _dequant(second, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, STEP, PATH)
+    return a, b
 
 
 @triton.jit
@@ -302,8 +329,7 @@ def accumulate(
         k_start, k_stop: multiples of BLOCK_K (k_stop may pass K; with not EVEN_K what lies beyond is masked).
         SCALE: dtype of the scales. GROUP: 0: one a row. SCALE_ROWS: consecutive n that share a scale.
         PARTS: K / PARTS is a multiple of BLOCK_K, of GROUP and of a tile's k; k_start and k_stop are of a part.
-        HALVES: multiply packed blocks of 128 k that have one scale a row in halves: one is dequantized while the other
-            is multiplied.
+        HALVES: packed blocks of 128 k with one scale a row are multiplied in halves, beside dequantizing the other.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TILES: tl.constexpr = _tile_blocks(LAYOUT) > 0
@@ -316,15 +342,15 @@ def accumulate(
         MASK_X, EVEN_K, acc.shape[1], acc.shape[0], BLOCK_K, STEP, PARTS,
     )  # fmt: skip
     w_ptrs = w_ptr + offs_w
-    columns = tl.arange(0, STEP)
     width_x = tl.cdiv(K, 64) * 64 if LAYOUT == "public" else K  # x has been permuted and padded
+    next_s, next_z = rows, rows  # not used
     if AHEAD:
-        offs = rows + _group(k_start, GROUP) * stride_sg
-        next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
+        first = rows + _group(k_start, GROUP) * stride_sg
+        next_s, next_z = _operands(s_ptr, z_ptr, first, FORMAT, TILES, SCALE, DTYPE, PATH)
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        x = _load_x(x_ptr, k, offs_x, columns, mask_m, width_x, EVEN_K, MASK_X)
+        x = _load_x(x_ptr, k, offs_x, mask_m, width_x, EVEN_K, MASK_X)
         if TWO:
-            x_second = _load_x(x_ptr, k + STEP, offs_x, columns, mask_m, width_x, EVEN_K, MASK_X)
+            x_second = _load_x(x_ptr, k + STEP, offs_x, mask_m, width_x, EVEN_K, MASK_X)
         if LAYOUT == "strided":
             a = _load_strided(
                 w_ptrs, s_ptr, z_ptr, rows, k, K, stride_wk, stride_sg, FORMAT, SCALE, GROUP, DTYPE, EVEN_K, BLOCK_K,
@@ -332,23 +358,13 @@ def accumulate(
             )  # fmt: skip
         else:
             w = _load_words(w_ptrs, k, K, FORMAT, LAYOUT, EVEN_K, BLOCK_K)
-            if AHEAD:
-                s, z = next_s, next_z
-                if GROUP > 0:
-                    offs = rows + _group(tl.minimum(k + BLOCK_K, k_stop - BLOCK_K), GROUP) * stride_sg
-                    next_s, next_z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
-            elif ONE:
-                offs = rows + _group(k, GROUP) * stride_sg
-                s, z = _operands(s_ptr, z_ptr, offs, FORMAT, TILES, SCALE, DTYPE, PATH)
-            else:
-                s, z = rows, rows  # not used
-            if TWO:
-                w, w_second = _halves(w)
-            a = _dequant(w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, STEP, PATH)
-            if TWO:
-                a_second = _dequant(
-                    w_second, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, STEP, PATH
-                )
+            s, z, next_s, next_z = _row_operands(
+                s_ptr, z_ptr, rows, next_s, next_z, k, k_stop, stride_sg, FORMAT, TILES, SCALE, GROUP, DTYPE, BLOCK_K,
+                PATH, ONE, AHEAD,
+            )  # fmt: skip
+            a, a_second = _left_operands(
+                w, s, z, s_ptr, z_ptr, rows, k, K, stride_sg, FORMAT, LAYOUT, SCALE, GROUP, DTYPE, STEP, PATH, TWO
+            )
         acc = _dot(a, x, acc, PATH)
         if TWO:
             acc = _dot(a_second, x_second, acc, PATH)
