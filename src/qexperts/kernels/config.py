@@ -8,16 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 import triton.language as tl
 
 from ..formats import FORMATS
 from .operand import Operand, tl_dtype
 
 __all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config", "valid"]
-
-
-OPERAND_SLICES_OF_64 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +37,7 @@ class PrefillConfig:
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4);
-    registers of a thread at most, so that more programs are resident (0: no limit); blocks of K loaded together."""
+    blocks of K loaded together; whether blocks are multiplied in halves (see `tile.py`)."""
 
     block_n: int
     block_k: int
@@ -49,8 +45,8 @@ class DecodeConfig:
     warps: int = 4
     block_m: int = 16
     parts: int = 1
-    registers: int = 0
     unroll: int = 1
+    halves: bool = False
 
 
 def prefill_config(w: Operand, dtype: torch.dtype, nvidia: bool) -> PrefillConfig:
@@ -94,13 +90,9 @@ def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> Deco
         return DecodeConfig(64, 64, 4)
     if block_k == 64:
         return DecodeConfig(128, 64, 4, parts=parts)
-    if parts > 1:
-        return DecodeConfig(128, 128, 3, parts=parts)
-    if bits == 2 and w.layout == "tiles128" and w.group >= 128 and not OPERAND_SLICES_OF_64:  # nothing spills
-        return DecodeConfig(128, 128, 3, registers=80)
-    if bits == 4 and public:
+    if bits == 4 and public and parts == 1:
         return DecodeConfig(128, 128, 3, unroll=2)
-    return DecodeConfig(128, 128, 4)
+    return DecodeConfig(128, 128, 3 if parts > 1 else 4, parts=parts, halves=bits == 2)
 
 
 def _splits(k: int, group: int, parts: int, unit: int) -> bool:

@@ -61,7 +61,7 @@ def _block(
     stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr,
+    UNROLL: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Outputs first_n .. of row block `slot`: BLOCK_N / PARTS of them for BLOCK_M / PARTS rows."""
     expert, row, stop = _find(counts, slot, S, BLOCK_M // PARTS)
@@ -72,7 +72,7 @@ def _block(
             acc, x_ptr + r * stride_xm, w_ptr + e * stride_we, s_ptr + e * stride_se, z_ptr + e * stride_se,
             stop - row, stride_xm, first_n, 0, tl.cdiv(K, PARTS * BLOCK_K) * BLOCK_K, N, K,
             stride_wn, stride_wk, stride_sn, stride_sg,
-            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, EVEN_K, BLOCK_K, STAGES, PATH, UNROLL, PARTS, False,
+            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, True, EVEN_K, BLOCK_K, STAGES, PATH, UNROLL, PARTS, HALVES,
         )  # fmt: skip
         y = tl.trans(round_to(sum_parts(acc, PARTS), y_ptr.dtype.element_ty, PATH))
         offs_m, offs_n = tl.arange(0, y.shape[0]), first_n + tl.arange(0, y.shape[1])
@@ -87,7 +87,7 @@ def decode_kernel(
     FORMAT: tl.constexpr, LAYOUT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr, CONDITION: tl.constexpr, WIDE_SUM: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr,
+    UNROLL: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """CONDITION: 0 decode; 1 only if no expert has more than LIMIT rows; 2 if one has, do as a prefill does."""
     if LAYOUT != "strided":
@@ -109,13 +109,15 @@ def decode_kernel(
         _block(
             y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts, slot, block_n * ROWS, S, E, N, K,
             stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
-            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, UNROLL, PATH, PARTS,
+            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, UNROLL, PATH,
+            PARTS, HALVES,
         )  # fmt: skip
     elif CONDITION == 2 and block_n % PARTS == 0:  # a program computes as many outputs as PARTS do otherwise
         _block(
             y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts, slot, block_n * ROWS, S, E, N, K,
             stride_xm, stride_we, stride_wn, stride_wk, stride_se, stride_sn, stride_sg,
-            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, UNROLL, PATH, 1,
+            FORMAT, LAYOUT, SCALE, GROUP, SCALE_ROWS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, UNROLL, PATH,
+            1, HALVES,
         )  # fmt: skip
 
 
@@ -138,6 +140,7 @@ def bind(
         "EVEN_K": w.K % (parts * config.block_k) == 0, "CONDITION": condition, "WIDE_SUM": wide,
         "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "STAGES": config.stages, "UNROLL": config.unroll, "PATH": path, "PARTS": parts,
+        "HALVES": config.halves,
     }  # fmt: skip
     blocks = min(s, experts + s // (config.block_m // parts))  # of rows, at most
     return _LAUNCH.bind(
@@ -148,7 +151,6 @@ def bind(
         constants,
         config.warps,
         f"{w.format} (N={w.N}, K={w.K})",
-        config.registers,
     )
 
 

@@ -48,7 +48,6 @@ class Launcher:
         constants: dict[str, object],
         warps: int,
         what: str,
-        registers: int = 0,
     ) -> Launch:
         """A launch for tensors on a device.
 
@@ -58,11 +57,9 @@ class Launcher:
             sizes: the arguments between the tensors and the constants, in order.
             constants: the constants (tl.constexpr), in order.
             what: the kernel is compiled for, for error messages.
-            registers: of a thread at most, on NVIDIA; 0: as many as the compiler likes.
         """
         known = self._known.setdefault((device, key), {})
-        options = {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
-        return Launch(self, known, device, grid, sizes, constants, options, what)
+        return Launch(self, known, device, grid, sizes, constants, {"num_warps": warps}, what)
 
 
 class Launch:
