@@ -20,6 +20,7 @@ from qexperts import (
     QuantWeight,
     TokenPlan,
     UnsupportedError,
+    backends,
     explain,
     fused_experts,
     grouped_gemm,
@@ -30,7 +31,7 @@ from qexperts import (
     quantize,
     unprepare,
 )
-from qexperts.backends import _say_skipped, cpu_backend
+from qexperts.backends import BACKENDS, _say_skipped, cpu_backend, select
 from qexperts.reference import grouped_gemm_reference
 from qexperts.testing import Case, Inputs, assert_no_worse, judge, make_inputs, nan_filled, peer_gemm
 
@@ -313,6 +314,32 @@ def test_int8_activations_of_a_layer_are_refused_where_nothing_rounds_them() -> 
 
 
 # ---- who cannot run says why
+
+
+@pytest.fixture
+def skips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that `auto` says it skips."""
+    said: list[str] = []
+    monkeypatch.setattr(backends, "_say_skipped", lambda name, reason: said.append(name))
+    return said
+
+
+def test_auto_says_what_it_skips_only_where_something_is_lost(
+    skips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(Case(ROWS, 64, 64, "int4_sym", 32))
+    problem = Problem.of("test", inputs.x, inputs.weight)
+    assert select(problem).name == "cpu" and skips == []
+    with pytest.raises(UnsupportedError):  # the error has every reason
+        select(dataclasses.replace(problem, format=FORMATS["fp8_e4m3"], activation_format="int8"))
+    assert skips == []
+    tiles = dataclasses.replace(problem, weight_layout="tiles")
+    assert select(tiles).name == "torch" and skips == ["cpu"]  # undoes the layout at each call: unprepare() gains
+    skips.clear()
+    anywhere = dataclasses.replace(BACKENDS["triton"], supports=lambda problem: (None, "", False))
+    order = {"cpu": BACKENDS["cpu"], "triton": anywhere, "torch": BACKENDS["torch"]}
+    monkeypatch.setattr(backends, "BACKENDS", order)
+    assert select(tiles).name == "triton" and skips == []  # prepared for the one that runs it
 
 
 def test_without_numba_auto_falls_to_torch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
