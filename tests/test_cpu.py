@@ -33,7 +33,7 @@ from qexperts import (
 )
 from qexperts.backends import BACKENDS, _say_skipped, cpu_backend, select
 from qexperts.reference import grouped_gemm_reference
-from qexperts.testing import Case, Inputs, assert_no_worse, judge, make_inputs, nan_filled, peer_gemm
+from qexperts.testing import Case, Inputs, assert_no_worse, int8_rounded, judge, make_inputs, nan_filled, peer_gemm
 
 pytestmark = pytest.mark.skipif(not cpu_backend.installed(), reason="Numba is not installed")
 SRC = Path(__file__).resolve().parents[1] / "src"
@@ -190,14 +190,6 @@ def test_threads_and_phases_change_no_bit() -> None:
 # ---- int8 activations
 
 
-def int8_activations(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x after rounding each row and group to 127 steps, in fp64."""
-    groups = x.double().unflatten(1, (-1, group))
-    top = groups.abs().amax(2, keepdim=True)
-    scale = torch.where(top == 0, 1.0, top.float() / 127).double()
-    return (torch.round((groups.float() * torch.where(top == 0, 1.0, 127 / top.float())).double()) * scale).flatten(1)
-
-
 @pytest.mark.parametrize("fmt", INTEGER)
 @pytest.mark.parametrize("isa", [name for name in isas() if name in ("avx512_bf16", "avx2")])
 def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +197,9 @@ def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -
     inputs = make_inputs(Case(ROWS, 64, 128, fmt, 32))
     inputs.x[3] = 0  # a group of zeros
     inputs = Inputs.of(inputs.x, inputs.weight, ROWS)
-    x = int8_activations(inputs.x, 32)
-    oracle = grouped_gemm_reference(x, inputs.weight, ROWS)
+    rounded = inputs.with_int8_activations()
     got = multiply(inputs, activation_format="int8")
-    assert_no_worse(got, oracle, peer_gemm(x.to(torch.bfloat16), inputs.weight, ROWS), 128)
+    assert_no_worse(got, rounded.oracle, rounded.peer, 128)
     assert 1e-3 < judge(got, inputs.oracle, inputs.peer, 128).error < 2e-2  # and what it costs
     assert not torch.equal(multiply(inputs), got), "never the default"
 
@@ -219,6 +210,19 @@ def test_int8_activations_are_for_integer_weights_on_this_backend() -> None:
         grouped_gemm(inputs.x, inputs.weight, inputs.plan, activation_format="int8")
     with pytest.raises(ValueError, match="activation_format is 'int4'; expected None"):
         grouped_gemm(inputs.x, inputs.weight, inputs.plan, activation_format="int4")
+
+
+@pytest.mark.parametrize("k", [400, 272, 256, 48])
+@pytest.mark.parametrize("scale_layout", ["channel", "tensor", "block128"])
+def test_int8_groups_of_other_scales(scale_layout: str, k: int) -> None:
+    """Where scales are wider, or blocks, activations are rounded by 256 k, or by 128."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(len(ROWS), 32, k, generator=generator).mul_(k**-0.5)
+    weight = quantize(w, "int8_sym", scale_layout=scale_layout)
+    inputs = Inputs.of(torch.randn(sum(ROWS), k, generator=generator).bfloat16(), weight, ROWS)
+    inputs.x[:, ::7] *= 20  # so that groups differ
+    rounded = inputs.with_int8_activations()
+    assert_no_worse(multiply(inputs, activation_format="int8"), rounded.oracle, rounded.peer, k)
 
 
 def test_int8_activations_of_the_tensor_level() -> None:
@@ -244,7 +248,7 @@ def test_int8_activations_of_the_per_tensor_scheme() -> None:
     how = dict(scales=scales, scale_scheme="per_tensor")
     got = moe_gemm_prefill(x, codes, counts, **how, activation_format="int8")  # type: ignore[arg-type]
     weight = QuantWeight(codes.view(torch.uint8).mT, scales, None, FORMATS["int8_sym"], None, "tensor")
-    rounded = int8_activations(x, 64)
+    rounded = int8_rounded(x, weight)
     oracle = grouped_gemm_reference(rounded, weight, (5, 4))
     assert_no_worse(got, oracle, peer_gemm(rounded.bfloat16(), weight, (5, 4)), 64)
     assert not torch.equal(got, moe_gemm_prefill(x, codes, counts, **how))  # type: ignore[arg-type]

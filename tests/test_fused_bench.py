@@ -105,6 +105,81 @@ def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
         run._providers("fast", CPU)
 
 
+# ---- int8 activations
+
+cpu_kernels = pytest.mark.skipif(
+    not cpu_backend.installed() or triton_backend.interpreted(), reason="needs Numba, outside Triton's interpreter"
+)
+
+
+def int8_candidates(w: Workload, apis: list[str]) -> list[Candidate]:
+    return enumerate_candidates(w, CPU, STRATEGIES, apis, ["fused"], ["prepared", "public"], activation_format="int8")
+
+
+def test_int8_rows_come_when_asked_and_beside_the_others() -> None:
+    for kind in ("prefill", "decode"):
+        w = workload(kind=kind)
+        usual = fused_candidates(w, CPU, ["raw", "wrapper"], ["prepared", "public"])
+        assert not any(c.activation_format for c in usual)
+        found = int8_candidates(w, ["raw", "wrapper"])
+        assert found[: len(usual)] == usual
+        added = [dataclasses.replace(c, activation_format=None) for c in found[len(usual) :]]
+        assert added == [c for c in usual if c.strategy in (None, Strategy("grouped"))]
+    for fmt in ("fp8_e4m3", "bf16"):
+        assert not any(c.activation_format for c in int8_candidates(workload(fmt), ["raw"]))
+
+
+@cpu_kernels
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("fmt", ["int8_asym", "int4_sym", "int2_sym"])
+def test_int8_rows_pass_the_gate_and_show_their_error(fmt: str, kind: str) -> None:
+    w = workload(fmt, kind=kind)
+    records = list(measure_workload(w, int8_candidates(w, ["raw", "wrapper"]), CEILINGS, ENV, CPU, rounds=1))
+    assert {(r.status, r.reason) for r in records} == {("ok", None)}
+    errors = {name: [r.error for r in records if r.activation_format == name] for name in (None, "int8")}
+    assert max(errors[None]) < 2.2e-3 < min(errors["int8"]) <= max(errors["int8"]) < 2e-2
+    text = report.render(records, "md", "full")
+    assert "grouped, int8 activations" in str(text) and "not ranked with the other rows" in str(text)
+    assert "activation_format" in records[0].to_json()
+    assert all(not row.best for row in report.rows(records, "full") if row.record.activation_format)
+    assert all(not row.best for row in report.rows(records, "summary") if row.record.activation_format)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("wrong", ["scaled", "unrounded group", "row of another"])
+def test_a_wrong_int8_row_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that the looser error of int8 activations would hide if their rows were judged by a looser rule."""
+    run_into = cpu_backend.run_into
+
+    def broken(y: torch.Tensor, x: torch.Tensor, weight: Any, counts: torch.Tensor, int8: bool = False) -> None:
+        if int8 and wrong == "unrounded group":
+            x = x.clone()
+            x[:, :16] += x[:, :16].abs().amax(1, keepdim=True) / 100
+        run_into(y, x, weight, counts, int8)
+        if int8 and wrong == "scaled":
+            y.mul_(1.02)
+        if int8 and wrong == "row of another":
+            y[0] = y[1]
+
+    monkeypatch.setattr(cpu_backend, "run_into", broken)
+    w = workload()
+    candidates = int8_candidates(w, ["raw"])
+    candidates = [c for c in candidates if c.strategy == Strategy("grouped") and c.layout == "prepared"]
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [(r.activation_format, r.status) for r in records][-1] == ("int8", "WRONG")
+    assert records[-1].median_ms is None and "rows fail" in (records[-1].reason or "")
+
+
+@pytest.mark.skipif(triton_backend.interpreted(), reason="other reasons in the interpreter")
+def test_int8_rows_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = workload()
+    provider = FusedProvider(w, make_inputs(w, CPU))
+    candidate = Candidate(Strategy("grouped"), "fused", provider="fused", layout="prepared", activation_format="int8")
+    problem = provider._problem(candidate, make_inputs(w, CPU).weight)
+    answers = {a.backend: a.reason for a in explain(dataclasses.replace(problem, device=GPU))}
+    assert answers["torch"] == "does not quantize activations to int8" and answers["triton"]
+
+
 # ---- who cannot run says why
 
 

@@ -57,6 +57,9 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
                      "or all.  [default: torch,fused; torch without Triton or, on a CPU, Numba]"),
         click.option("--weight-layout", default="prepared", show_default=True,
                      help="Comma list of prepared and public, of the weights that fused kernels read."),
+        click.option("--activation-format", type=click.Choice(["int8"]),
+                     help="Adds, for integer formats, fused rows on activations rounded by row and group: faster, less "
+                     "exact; their error is shown, and they are not ranked with the others."),
         click.option("--peer-tries", type=int, default=4, show_default=True,
                      help="Configurations that a peer tries besides its default one; each is compiled."),
         click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True,

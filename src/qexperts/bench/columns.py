@@ -26,6 +26,7 @@ def label(record: Record) -> str:
     phase = getattr(record, "phase", None)
     text = f"phase {phase}" if record.strategy == "auto" and phase else text
     text += ", graph" if record.graph else ""
+    text += f", {record.activation_format} activations" if record.activation_format else ""
     return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
 
 
@@ -253,6 +254,7 @@ _SUMMARY = [
     Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=7),
     Column("ready_ms", "ready,\nbest", "ms", lambda row: time_of(row.ready), ms_text, show="any", drop=2),
     *(dataclasses.replace(c, drop=8) for c in _RATES),
+    dataclasses.replace(_ERROR, drop=0),
     Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text, drop=2),
     _ROOFLINE,
     Column("headroom", "could\ngain", "", timed("roofline"), lambda v: ratio_text(1 / v), drop=1),

@@ -49,6 +49,7 @@ class Record:
     api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
     weight_layout: str  # "public" | "prepared"
     phase: str | None = None  # "decode" | "prefill" | "auto" (by the counts); None: no such choice
+    activation_format: str | None = None  # "int8": activations rounded by row and group; None: as they are
     config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
     top_k: int | None = None  # decode: experts per token
@@ -66,7 +67,7 @@ class Record:
     flush: str = "write"  # of the caches, before each sample; "write+read": see `timing.py`; older records: "write"
     status: str = "ok"  # "ok" | "WRONG" | "unsupported"
     reason: str | None = None  # why, when status is not "ok"
-    error: float | None = None  # RMS error against the oracle, relative to the oracle's RMS
+    error: float | None = None  # RMS error against the oracle (x as it is), relative to the oracle's RMS
     error_peer: float | None = None  # the same of torch in the working dtype
     samples_ms: list[float] = dataclasses.field(default_factory=list)
     median_ms: float | None = None
@@ -126,7 +127,10 @@ class Record:
 
     def baseline_key(self) -> tuple[Any, ...]:
         """Records with equal keys share one baseline: eager `per_expert` of the same provider and scope."""
-        return (self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout)
+        return (
+            self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout,
+            self.activation_format,
+        )  # fmt: skip
 
     def workload_key(self) -> tuple[Any, ...]:
         """What was multiplied, apart from the format, where, and after which flush: times that may be compared."""
@@ -142,7 +146,7 @@ class Record:
             self.kind, self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens,
             self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
-            self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k,
+            self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k, self.activation_format,
         )  # fmt: skip
 
     def is_baseline(self) -> bool:

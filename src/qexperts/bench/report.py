@@ -65,8 +65,14 @@ def paid(records: Sequence[Record]) -> list[Record]:
 
 
 def columns(records: Sequence[Record], mode: Mode) -> list[Column]:
-    """The columns a table of these records shows; records are of one kind."""
-    return worth_showing(all_columns(records[0].kind, mode), rows(records, mode)) if records else []
+    """The columns a table of these records shows; records are of one kind. A summary has errors only where rows of
+    another precision are in it."""
+    if not records:
+        return []
+    found = all_columns(records[0].kind, mode)
+    if mode == "summary" and not any(r.activation_format for r in records):
+        found = [c for c in found if c.name != "error" or records[0].kind == "decode"]
+    return worth_showing(found, rows(records, mode))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +102,9 @@ def _groups(items: Iterable[Record], key: Callable[[Record], Any]) -> list[list[
 
 
 def _rank_key(record: Record) -> tuple[Any, ...]:
-    """Records that compete to be the best: one workload, format and scope; raw and wrapped calls apart."""
-    return (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+    """Records that compete to be the best: one workload, format, scope and precision; raw and wrapped calls apart."""
+    key = (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+    return (*key, record.activation_format)
 
 
 def _full_rows(records: Sequence[Record]) -> list[Row]:
@@ -135,12 +142,14 @@ def _peer_of(row: Row, group: Sequence[Record]) -> Record | None:
 
 
 def _summary_rows(records: Sequence[Record]) -> list[Row]:
-    """One row per format and provider; the best provider is marked where there are several."""
+    """One row per format, provider and precision; the best provider is marked where there are several of it."""
     baselines = baseline_of(records)
     found = []
     for format_group in _groups(records, lambda r: (r.format, r.workload_key(), r.group_size, r.api, r.torch)):
-        part = [_summary_row(g, baselines) for g in _groups(format_group, lambda r: (r.provider, r.weight_layout))]
-        best = fastest(row.record for row in part) if len(part) > 1 else None
+        parts = _groups(format_group, lambda r: (r.provider, r.weight_layout, r.activation_format))
+        part = [_summary_row(g, baselines) for g in parts]
+        full = [row.record for row in part if row.record.activation_format is None]
+        best = fastest(full) if len(full) > 1 else None
         peers = [_peer_of(row, format_group) for row in part]
         found += [
             dataclasses.replace(row, best=row.record is best, peer=peer) for row, peer in zip(part, peers, strict=True)
@@ -221,6 +230,11 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
         notes.append(f"best: the lowest median of the {ranked}")
     seen = [r for row in shown for r in (row.record, row.ready) if r is not None]
+    if any(r.activation_format for r in seen):
+        notes.append(
+            "int8 activations: rounded by row and group inside the clock; checked against the oracle on equally "
+            "rounded activations, their error is that against the true one; not ranked with the other rows"
+        )
     if any(r.graph for r in seen):
         notes.append("graph: replayed from a CUDA graph, which holds for exactly these counts")
     if any("gathered" in label(r) for r in seen):

@@ -42,6 +42,7 @@ class BenchOptions:
         tokens: rows over all experts (S).
         provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with Numba.
         weight_layout: comma list, of the weights that fused kernels read.
+        activation_format: "int8" adds rows of the fused kernels on activations rounded by row and group.
         peer_tries: configurations that a peer tries besides its default one; each is compiled.
         top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
     """
@@ -58,6 +59,7 @@ class BenchOptions:
     thresholds: str | None = None
     provider: str | None = None
     weight_layout: str = "prepared"
+    activation_format: str | None = None
     peer_tries: int = 4
     mode: str = "summary"
     api: str = "raw"
@@ -100,6 +102,8 @@ def prepare(options: BenchOptions) -> Job:
         raise ValueError(f"--peer-tries {options.peer_tries}: expected at least 0")
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds {options.rounds}: expected at least 1")
+    if options.activation_format not in (None, "int8"):
+        raise ValueError(f"--activation-format {options.activation_format}: expected int8")
     apis = _words("--api", options.api, ("raw", "wrapper"))
     providers = _providers(options.provider, device)
     layouts = _words("--weight-layout", options.weight_layout, LAYOUTS)
@@ -133,7 +137,7 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
         for i, workload in enumerate(job.workloads):
             candidates = enumerate_candidates(
                 workload, job.device, job.strategies, job.apis, job.providers, job.layouts,
-                job.options.peer_tries,
+                job.options.peer_tries, job.options.activation_format,
             )  # fmt: skip
             for record in measure_workload(
                 workload, candidates, ceilings, env, job.device, job.rounds,
