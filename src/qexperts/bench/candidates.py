@@ -13,7 +13,7 @@ from .workloads import Workload
 
 __all__ = ["LAYOUTS", "OWN", "PROVIDERS", "Candidate", "enumerate_candidates"]
 
-PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming")
+PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark")
 OWN: tuple[str, ...] = ("torch", "fused")  # the others are peers, packages of their own
 LAYOUTS: tuple[str, ...] = ("prepared", "public")
 
@@ -140,11 +140,14 @@ def _fused(
 
 
 def _peer(provider: str, device: torch.device, apis: Sequence[str], tries: int) -> list[Candidate]:
-    """A peer has one launch over all experts, on weights in its own layout."""
+    """Weights are in the peer's own layout. Humming has one launch over all experts, the CPU's peers a loop over them;
+    prepacked weights are dequantized before the clock."""
+    scope = "base mm" if provider == "prepacked" else "fused"
+    name = "grouped" if provider == "humming" else "per_expert"
     found = []
     for api in apis:
-        strategy = Strategy("grouped") if api == "raw" else None
-        found.append(_maker(provider, "fused", "prepared", api)(strategy, tries=tries))
+        strategy = Strategy(name) if api == "raw" else None
+        found.append(_maker(provider, scope, "prepared", api)(strategy, tries=tries))
     return _with_graphs(found, device)
 
 
