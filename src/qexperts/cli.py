@@ -70,6 +70,8 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
         click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
                      help="Of the activations."),
+        click.option("--threads", help="Comma list of numbers of threads, measured in the same rounds; CPUs only.  "
+                     "[default: torch's own]"),
         click.option("--rounds", type=int, help="Samples of each configuration.  [default: 20, on a CPU 5]"),
         click.option("--out", type=OUT, default="table", show_default=True),
         click.option("--save", metavar="FILE.jsonl", help="Append each record as soon as it is measured."),
@@ -81,8 +83,8 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @bench.command()
-@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, zipf[:S], "
-              "log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
+@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
+              "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
 @click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
 @click.option("--top-k", type=int, default=8, show_default=True,
               help="Synthetic distributions: no expert gets more than tokens / top-k rows.")  # fmt: skip

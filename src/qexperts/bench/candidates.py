@@ -31,6 +31,7 @@ class Candidate:
         layout: of the weight: "public" or "prepared".
         phase: "decode" or "prefill" where the caller says so, "auto" where the call decides; None: no such choice.
         activation_format: "int8": activations rounded by row and group inside the clock; None: as they are.
+        threads: of a CPU; None: as many as torch has.
         tries: of a peer: configurations to try besides its default one.
     """
 
@@ -43,6 +44,7 @@ class Candidate:
     layout: str = "public"
     phase: str | None = None
     activation_format: str | None = None
+    threads: int | None = None
     tries: int = 0
 
 

@@ -20,6 +20,7 @@ from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
 from .binding import Bound, Refused, of_peer
 from .candidates import Candidate
+from .environment import with_threads
 from .providers import Binder
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
@@ -53,6 +54,7 @@ def measure_workload(
 ) -> Iterator[Record]:
     """Yield a record per candidate, in order. If interrupted, those with samples are yielded before it goes on."""
     tick("preparing weights")
+    threads = torch.get_num_threads()
     tensors = make_inputs(workload, device)
     binder = Binder(workload, tensors)
     template = dataclasses.replace(_template(workload, tensors, ceilings, env), rounds=rounds)
@@ -64,6 +66,7 @@ def measure_workload(
         tick(f"checking {row.record.provider} {row.record.strategy}")
         if row.record.status == "ok":
             try:
+                _use_threads(row.candidate.threads or threads)
                 with of_peer(row.candidate.provider):
                     _prepare(row, binder, gate, space, sampler)
             except (torch.OutOfMemoryError, Refused) as error:
@@ -75,13 +78,20 @@ def measure_workload(
             rounds,
             [row.samples for row in timed],
             lambda: tick("timing"),
+            [functools.partial(_use_threads, row.candidate.threads or threads) for row in timed],
         )
     finally:
+        _use_threads(threads)
         for row in rows:
             if row.samples:
                 _summarise(row.record, row.samples)
             if row.samples or row.record.status != "ok":
                 yield row.record
+
+
+def _use_threads(n: int) -> None:
+    if n != torch.get_num_threads():
+        torch.set_num_threads(n)
 
 
 class _Gate:
@@ -182,6 +192,8 @@ def _describe(template: Record, c: Candidate) -> Record:
         weight_layout=c.layout,
         phase=c.phase,
         activation_format=c.activation_format,
+        threads=c.threads,
+        device=template.device if c.threads is None else with_threads(template.device, c.threads),
         samples_ms=[],
     )
 
