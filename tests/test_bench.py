@@ -10,13 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qexperts import FORMATS
-from qexperts.bench import measure, providers, timing
+from qexperts.bench import measure, providers, report, timing
 from qexperts.bench.candidates import Candidate, enumerate_candidates
+from qexperts.bench.columns import least_ratio
 from qexperts.bench.environment import environment
 from qexperts.bench.measure import measure_workload
 from qexperts.bench.providers import Binder
 from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
-from qexperts.bench.timing import CacheFlusher, Sampler, percentile
+from qexperts.bench.timing import CacheFlusher, Sampler, median_interval, percentile
 from qexperts.bench.workloads import Workload, decode_distribution, make_inputs
 from qexperts.routing import Distribution
 from qexperts.strategies import Strategy, parse_strategy
@@ -187,6 +188,53 @@ def test_percentile() -> None:
     assert percentile([7.0], 80) == 7.0
 
 
+def test_median_interval() -> None:
+    """Binomial tables: of 17 values the 5th and 13th hold the median with 95%, the 6th and 12th with 86."""
+    assert median_interval([float(i) for i in range(1, 18)]) == (5.0, 13.0)
+    assert median_interval([5.0, 1.0, 4.0, 2.0, 3.0]) == (1.0, 5.0)  # 94%
+    assert median_interval([1.0, 2.0, 3.0, 4.0]) is None  # 88%
+    assert median_interval([1.0, 2.0, 3.0, 4.0], 0.8) == (1.0, 4.0)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 17, generator=generator).tolist()
+    inside = sum(low <= 0.5 <= high for low, high in filter(None, map(median_interval, draws)))
+    assert 0.93 < inside / 2000 < 0.97
+
+
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row runs on its number of threads, in the rounds of the others; torch has its own number afterwards."""
+    before, seen = torch.get_num_threads(), []
+    multiply = torch.mm
+
+    def spied(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return multiply(*arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", spied)
+    plain = Candidate(Strategy("per_expert"), "base mm")
+    candidates = [dataclasses.replace(plain, threads=n) for n in (1, 3)]
+    env = ENV | {"device": "some processor, 2 threads"}
+    records = list(measure_workload(workload(), candidates, CEILINGS, env, CPU, rounds=6))
+    assert [(r.threads, r.device, r.status) for r in records] == [
+        (1, "some processor, 1 threads", "ok"), (3, "some processor, 3 threads", "ok"),
+    ]  # fmt: skip
+    assert seen.count(1) == seen.count(3) > 0 and set(seen) == {1, 3} and torch.get_num_threads() == before
+    one, three = report.rows(records, "full")
+    assert one.scaling == 1.0 and three.scaling == one.record.median_ms / three.record.median_ms  # type: ignore[operator]
+    assert three.single is one.record
+    ratios = [a / b for a, b in zip(one.record.samples_ms, three.record.samples_ms, strict=True)]
+    assert least_ratio(one.record, three.record) == median_interval(ratios)[0]  # type: ignore[index]
+
+
+def test_ratios_are_of_one_run() -> None:
+    candidates = [Candidate(Strategy("per_expert"), "base mm"), Candidate(Strategy("grouped"), "base mm")]
+    a, b = measure_workload(workload(), candidates, CEILINGS, ENV, CPU, rounds=6)
+    assert least_ratio(a, a) == 1.0 and least_ratio(a, b) is not None
+    assert least_ratio(dataclasses.replace(a, time="later"), b) is None
+    assert least_ratio(dataclasses.replace(a, format="int8_sym"), b) is None
+    assert least_ratio(dataclasses.replace(a, status="WRONG"), b) is None
+    assert least_ratio(dataclasses.replace(a, samples_ms=a.samples_ms[:4]), b) is None
+
+
 def test_rounds_interleave() -> None:
     order: list[int] = []
     samples: list[list[float]] = [[], [], []]
@@ -196,8 +244,8 @@ def test_rounds_interleave() -> None:
     assert [len(s) for s in samples] == [2, 2, 2]
 
 
-@pytest.mark.parametrize(("device", "flush"), [("cpu", "write"), ("meta", "write+read")])
-def test_caches_are_overwritten_and_on_a_gpu_then_read(
+@pytest.mark.parametrize(("device", "flush"), [("cpu", "read"), ("meta", "write+read")])
+def test_caches_are_read_full_and_on_a_gpu_overwritten_before(
     device: str, flush: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The meta device stands for a GPU: it shows what is called, on which memory."""
@@ -215,21 +263,21 @@ def test_caches_are_overwritten_and_on_a_gpu_then_read(
         log.clear()
         with Log():
             flusher()
-        assert [name for name, _ in log] == ["zero_", "wait", "amax"][: 1 if flush == "write" else 3]
-        assert log[0][1].nbytes == 6 * 2**20
+        assert [name for name, _ in log] == ["zero_", "wait", "amax"][-1 if flush == "read" else 0 :]
+        assert log[-1][1].nbytes == 9 * 2**20
         if flush == "write+read":
-            assert log[2][1].nbytes == 9 * 2**20 and log[2][1] is not log[0][1]
+            assert log[0][1].nbytes == 6 * 2**20 and log[2][1] is not log[0][1]
     assert timing.flush_method(torch.device(device)) == flush
 
 
 def test_records_say_how_the_caches_were_made_cold() -> None:
     candidates = [Candidate(Strategy("grouped"), "base mm")]
     (made,) = measure_workload(workload(), candidates, CEILINGS, environment(CPU), CPU, rounds=1)
-    assert made.flush == "write"
+    assert made.flush == "read"
     (made,) = measure_workload(workload(), candidates, CEILINGS, ENV | {"flush": "write+read"}, CPU, rounds=1)
     assert made.flush == "write+read"
 
 
 def test_ceilings_are_positive() -> None:
     found = measure_ceilings(CPU, torch.bfloat16)
-    assert found.tflops > 0.001 and found.copy_gbps > 0.1
+    assert found.tflops > 0.001 and found.copy_gbps > 0.1 and found.read_gbps > 0.1

@@ -47,6 +47,9 @@ BAD = {
     "strategies": (["--strategies", "fastest"], ["fastest", "per_expert"]),
     "thresholds": (["--thresholds", "64,x"], ["64,x", "integers"]),
     "provider": (["--provider", "torch,ours"], ["torch,ours", "humming"]),
+    "threads": (["--threads", "1,0"], ["--threads 1,0", "positive integers"]),
+    "activation format": (["--activation-format", "int4"], ["int4", "int8"]),
+    "hot share": (["--distribution", "hot:2", "--top-k", "1"], ["share is 2", "1/E to 1"]),
     "weight layout": (["--weight-layout", "tiles"], ["tiles", "prepared, public"]),
     "peer tries": (["--peer-tries", "-1"], ["--peer-tries -1"]),
     "api": (["--api", "raw,cooked"], ["raw,cooked"]),
@@ -239,7 +242,7 @@ def test_formats_doctor_and_help() -> None:
     assert done.returncode == 0, done.stderr
     for text in (
         "AMD GPU", "Intel GPU", "never run", "Ceilings", "torch", "int4_asym", "fp16 weights need fp16", "triton",
-        "runs on GPUs", "Peers: humming-kernels",
+        "runs on GPUs", "Peers: humming-kernels", "auto-round-lib",
     ):  # fmt: skip
         assert text in done.stdout
     for arguments in ([], ["bench"], ["--help"], ["bench", "prefill", "--help"]):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +16,24 @@ import torch
 from qexperts import (
     FORMATS,
     Problem,
+    QuantExperts,
     QuantWeight,
     TokenPlan,
     UnsupportedError,
+    backends,
     explain,
+    fused_experts,
     grouped_gemm,
     moe,
+    moe_gemm_decode,
+    moe_gemm_prefill,
     prepare,
     quantize,
     unprepare,
 )
-from qexperts.backends import _say_skipped, cpu_backend
+from qexperts.backends import BACKENDS, _say_skipped, cpu_backend, select
 from qexperts.reference import grouped_gemm_reference
-from qexperts.testing import Case, Inputs, assert_no_worse, judge, make_inputs, nan_filled, peer_gemm
+from qexperts.testing import Case, Inputs, assert_no_worse, int8_rounded, judge, make_inputs, nan_filled, peer_gemm
 
 pytestmark = pytest.mark.skipif(not cpu_backend.installed(), reason="Numba is not installed")
 SRC = Path(__file__).resolve().parents[1] / "src"
@@ -184,14 +190,6 @@ def test_threads_and_phases_change_no_bit() -> None:
 # ---- int8 activations
 
 
-def int8_activations(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x after rounding each row and group to 127 steps, in fp64."""
-    groups = x.double().unflatten(1, (-1, group))
-    top = groups.abs().amax(2, keepdim=True)
-    scale = torch.where(top == 0, 1.0, top.float() / 127).double()
-    return (torch.round((groups.float() * torch.where(top == 0, 1.0, 127 / top.float())).double()) * scale).flatten(1)
-
-
 @pytest.mark.parametrize("fmt", INTEGER)
 @pytest.mark.parametrize("isa", [name for name in isas() if name in ("avx512_bf16", "avx2")])
 def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +197,9 @@ def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -
     inputs = make_inputs(Case(ROWS, 64, 128, fmt, 32))
     inputs.x[3] = 0  # a group of zeros
     inputs = Inputs.of(inputs.x, inputs.weight, ROWS)
-    x = int8_activations(inputs.x, 32)
-    oracle = grouped_gemm_reference(x, inputs.weight, ROWS)
+    rounded = inputs.with_int8_activations()
     got = multiply(inputs, activation_format="int8")
-    assert_no_worse(got, oracle, peer_gemm(x.to(torch.bfloat16), inputs.weight, ROWS), 128)
+    assert_no_worse(got, rounded.oracle, rounded.peer, 128)
     assert 1e-3 < judge(got, inputs.oracle, inputs.peer, 128).error < 2e-2  # and what it costs
     assert not torch.equal(multiply(inputs), got), "never the default"
 
@@ -215,7 +212,138 @@ def test_int8_activations_are_for_integer_weights_on_this_backend() -> None:
         grouped_gemm(inputs.x, inputs.weight, inputs.plan, activation_format="int4")
 
 
+@pytest.mark.parametrize("k", [400, 272, 256, 48])
+@pytest.mark.parametrize("scale_layout", ["channel", "tensor", "block128"])
+def test_int8_groups_of_other_scales(scale_layout: str, k: int) -> None:
+    """Where scales are wider, or blocks, activations are rounded by 256 k, or by 128."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(len(ROWS), 32, k, generator=generator).mul_(k**-0.5)
+    weight = quantize(w, "int8_sym", scale_layout=scale_layout)
+    inputs = Inputs.of(torch.randn(sum(ROWS), k, generator=generator).bfloat16(), weight, ROWS)
+    inputs.x[:, ::7] *= 20  # so that groups differ
+    rounded = inputs.with_int8_activations()
+    assert_no_worse(multiply(inputs, activation_format="int8"), rounded.oracle, rounded.peer, k)
+
+
+def test_int8_activations_of_the_tensor_level() -> None:
+    """The three calls give what `grouped_gemm` gives, whatever the phase, in each dtype of activations."""
+    for dtype in DTYPES:
+        inputs = make_inputs(Case(ROWS, 64, 128, "int4_asym", 32, dtype))
+        w = inputs.weight
+        call = dict(scales=w.scales, zeros=w.zeros, weight_bits=4, group_size=32, asym=True, activation_format="int8")
+        arguments = (inputs.x, w.codes, inputs.counts)
+        expected = multiply(inputs, activation_format="int8")
+        results = [function(*arguments, **call) for function in (moe, moe_gemm_decode, moe_gemm_prefill)]  # type: ignore[operator]
+        results += [moe(*arguments, **call, phase=phase) for phase in ("decode", "prefill")]  # type: ignore[arg-type]
+        assert all(torch.equal(result, expected) for result in results)
+        assert not torch.equal(moe(*arguments, **{**call, "activation_format": None}), expected), "never the default"  # type: ignore[arg-type]
+
+
+def test_int8_activations_of_the_per_tensor_scheme() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (2, 64, 32), generator=generator, dtype=torch.int8)  # [E, K, N]
+    x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
+    scales = torch.tensor([0.01, 0.02])
+    counts = torch.tensor([5, 4], dtype=torch.int32)
+    how = dict(scales=scales, scale_scheme="per_tensor")
+    got = moe_gemm_prefill(x, codes, counts, **how, activation_format="int8")  # type: ignore[arg-type]
+    weight = QuantWeight(codes.view(torch.uint8).mT, scales, None, FORMATS["int8_sym"], None, "tensor")
+    rounded = int8_rounded(x, weight)
+    oracle = grouped_gemm_reference(rounded, weight, (5, 4))
+    assert_no_worse(got, oracle, peer_gemm(rounded.bfloat16(), weight, (5, 4)), 64)
+    assert not torch.equal(got, moe_gemm_prefill(x, codes, counts, **how))  # type: ignore[arg-type]
+
+
+def test_int8_activations_of_a_layer() -> None:
+    """The layer rounds the input of both multiplications, and the module does what the function does."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        quantize(torch.randn(4, n, k, generator=generator).mul_(k**-0.5).bfloat16(), "int4_sym", group_size=32)
+        for n, k in ((128, 64), (64, 64))
+    )
+    x = torch.randn(6, 64, generator=generator).bfloat16()
+    ids = torch.randint(0, 4, (6, 2), generator=generator)
+    weights = torch.rand(6, 2, generator=generator)
+    exact = fused_experts(x, first, second, ids, weights)
+    got = fused_experts(x, first, second, ids, weights, activation_format="int8")
+    error = (got.float() - exact.float()).square().mean().sqrt() / exact.float().square().mean().sqrt()
+    assert 1e-3 < float(error) < 3e-2
+    assert torch.equal(QuantExperts(first, second, activation_format="int8")(x, ids, weights), got)
+    assert torch.equal(QuantExperts(first, second)(x, ids, weights), exact), "never the default"
+    plan = TokenPlan.from_expert_ids(ids, 4)
+    rows = x.index_select(0, plan.row_to_token)  # type: ignore[arg-type]
+    h = grouped_gemm(rows, first, plan, activation_format="int8")
+    y = grouped_gemm(torch.nn.functional.silu(h[:, :64]) * h[:, 64:], second, plan, activation_format="int8")
+    slots = y.index_select(0, plan.slot_to_row).view(6, 2, 64)  # type: ignore[arg-type]
+    assert torch.equal((slots * weights[..., None]).sum(1).to(x.dtype), got)
+
+
+def test_int8_activations_pass_gradients_through() -> None:
+    inputs = make_inputs(Case(ROWS, 64, 128, "int4_sym", 32))
+    gradients = []
+    for how in (None, "int8"):
+        x = inputs.x.clone().requires_grad_()
+        grouped_gemm(x, inputs.weight, inputs.plan, activation_format=how).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+INT8 = dict(scales=torch.ones(2, 16, 2, dtype=torch.bfloat16), group_size=32, activation_format="int8")
+
+
+@pytest.mark.parametrize("function", [moe, moe_gemm_decode, moe_gemm_prefill])
+def test_int8_activations_are_refused_where_nothing_rounds_them(function: Any) -> None:
+    x, counts = torch.zeros(3, 64, dtype=torch.bfloat16), torch.tensor([1, 2], dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match="cpu: int8 activations are for integer weights, not fp8_e4m3"):
+        function(x, torch.zeros(2, 16, 64).to(torch.float8_e4m3fn), counts, **INT8)
+    with pytest.raises(UnsupportedError, match="torch: does not quantize activations to int8"):
+        function(x, torch.zeros(2, 16, 64).bfloat16(), counts, weight_bits=16, activation_format="int8")
+    codes = torch.zeros(2, 16, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"{function.__name__}: activation_format is 'fp8'; expected None"):
+        function(x, codes, counts, **{**INT8, "activation_format": "fp8"})
+    with pytest.raises(Exception, match="activation_format is 'int8'; expected None, or untraced 'int8'"):
+        torch.compile(lambda: function(x, codes, counts, **INT8), fullgraph=True, backend="eager")()
+    wide = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(UnsupportedError, match="triton: "):
+        function(wide, codes.to("meta"), counts.to("meta"), **{**INT8, "scales": INT8["scales"].to("meta")})
+
+
+def test_int8_activations_of_a_layer_are_refused_where_nothing_rounds_them() -> None:
+    first, second = (quantize(torch.randn(2, 64, 64).bfloat16(), "fp8_e4m3", group_size=32) for _ in range(2))
+    x, ids, weights = torch.randn(3, 64).bfloat16(), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    with pytest.raises(UnsupportedError, match="cpu: int8 activations are for integer weights"):
+        fused_experts(x, first, second, ids, weights, activation=lambda h: h, activation_format="int8")
+    with pytest.raises(ValueError, match="QuantExperts: activation_format is 'int4'; expected None"):
+        QuantExperts(first, second, lambda h: h, activation_format="int4")
+
+
 # ---- who cannot run says why
+
+
+@pytest.fixture
+def skips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that `auto` says it skips."""
+    said: list[str] = []
+    monkeypatch.setattr(backends, "_say_skipped", lambda name, reason: said.append(name))
+    return said
+
+
+def test_auto_says_what_it_skips_only_where_something_is_lost(
+    skips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(Case(ROWS, 64, 64, "int4_sym", 32))
+    problem = Problem.of("test", inputs.x, inputs.weight)
+    assert select(problem).name == "cpu" and skips == []
+    with pytest.raises(UnsupportedError):  # the error has every reason
+        select(dataclasses.replace(problem, format=FORMATS["fp8_e4m3"], activation_format="int8"))
+    assert skips == []
+    tiles = dataclasses.replace(problem, weight_layout="tiles")
+    assert select(tiles).name == "torch" and skips == ["cpu"]  # undoes the layout at each call: unprepare() gains
+    skips.clear()
+    anywhere = dataclasses.replace(BACKENDS["triton"], supports=lambda problem: (None, "", False))
+    order = {"cpu": BACKENDS["cpu"], "triton": anywhere, "torch": BACKENDS["torch"]}
+    monkeypatch.setattr(backends, "BACKENDS", order)
+    assert select(tiles).name == "triton" and skips == []  # prepared for the one that runs it
 
 
 def test_without_numba_auto_falls_to_torch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from test_report import BF16, INT4, MM, clip, grouped, markdown_rows, record
 
 from qexperts import FORMATS, dequantize, quantize
 from qexperts.backends import cpu_backend, explain, triton_backend
-from qexperts.bench import fused, humming, report, run, timing
+from qexperts.bench import cpu_peers, fused, humming, report, run, timing
 from qexperts.bench.binding import Bound, Refused
 from qexperts.bench.candidates import Candidate, enumerate_candidates
 from qexperts.bench.fused import FusedProvider
@@ -99,10 +100,88 @@ def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run._providers(None, GPU) == ["torch", "fused"]
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     assert run._providers(None, GPU) == ["torch"]
-    assert run._providers("all", CPU) == ["torch", "fused", "humming"]
+    assert run._providers("all", CPU) == ["torch", "fused", "humming", "prepacked", "ark"]
     assert run._providers("fused, torch", CPU) == ["fused", "torch"]
-    with pytest.raises(ValueError, match="--provider fast: expected a comma list of torch, fused, humming"):
+    with pytest.raises(
+        ValueError, match="--provider fast: expected a comma list of torch, fused, humming, prepacked, ark"
+    ):
         run._providers("fast", CPU)
+
+
+# ---- int8 activations
+
+cpu_kernels = pytest.mark.skipif(
+    not cpu_backend.installed() or triton_backend.interpreted(), reason="needs Numba, outside Triton's interpreter"
+)
+
+
+def int8_candidates(w: Workload, apis: list[str]) -> list[Candidate]:
+    return enumerate_candidates(w, CPU, STRATEGIES, apis, ["fused"], ["prepared", "public"], activation_format="int8")
+
+
+def test_int8_rows_come_when_asked_and_beside_the_others() -> None:
+    for kind in ("prefill", "decode"):
+        w = workload(kind=kind)
+        usual = fused_candidates(w, CPU, ["raw", "wrapper"], ["prepared", "public"])
+        assert not any(c.activation_format for c in usual)
+        found = int8_candidates(w, ["raw", "wrapper"])
+        assert found[: len(usual)] == usual
+        added = [dataclasses.replace(c, activation_format=None) for c in found[len(usual) :]]
+        assert added == [c for c in usual if c.strategy in (None, Strategy("grouped"))]
+    for fmt in ("fp8_e4m3", "bf16"):
+        assert not any(c.activation_format for c in int8_candidates(workload(fmt), ["raw"]))
+
+
+@cpu_kernels
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("fmt", ["int8_asym", "int4_sym", "int2_sym"])
+def test_int8_rows_pass_the_gate_and_show_their_error(fmt: str, kind: str) -> None:
+    w = workload(fmt, kind=kind)
+    records = list(measure_workload(w, int8_candidates(w, ["raw", "wrapper"]), CEILINGS, ENV, CPU, rounds=1))
+    assert {(r.status, r.reason) for r in records} == {("ok", None)}
+    errors = {name: [r.error for r in records if r.activation_format == name] for name in (None, "int8")}
+    assert max(errors[None]) < 2.2e-3 < min(errors["int8"]) <= max(errors["int8"]) < 2e-2
+    text = report.render(records, "md", "full")
+    assert "grouped, int8 activations" in str(text) and "not ranked with the other rows" in str(text)
+    assert "activation_format" in records[0].to_json()
+    best = [row.record for row in report.rows(records, "full") if row.best and row.record.api == "raw"]
+    assert sorted(str(r.activation_format) for r in best) == ["None", "int8"]  # each among its own
+    assert all(not row.best for row in report.rows(records, "summary") if row.record.activation_format)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("wrong", ["scaled", "unrounded group", "row of another"])
+def test_a_wrong_int8_row_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that the looser error of int8 activations would hide if their rows were judged by a looser rule."""
+    run_into = cpu_backend.run_into
+
+    def broken(y: torch.Tensor, x: torch.Tensor, weight: Any, counts: torch.Tensor, int8: bool = False) -> None:
+        if int8 and wrong == "unrounded group":
+            x = x.clone()
+            x[:, :16] += x[:, :16].abs().amax(1, keepdim=True) / 100
+        run_into(y, x, weight, counts, int8)
+        if int8 and wrong == "scaled":
+            y.mul_(1.02)
+        if int8 and wrong == "row of another":
+            y[0] = y[1]
+
+    monkeypatch.setattr(cpu_backend, "run_into", broken)
+    w = workload()
+    candidates = int8_candidates(w, ["raw"])
+    candidates = [c for c in candidates if c.strategy == Strategy("grouped") and c.layout == "prepared"]
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [(r.activation_format, r.status) for r in records][-1] == ("int8", "WRONG")
+    assert records[-1].median_ms is None and "rows fail" in (records[-1].reason or "")
+
+
+@pytest.mark.skipif(triton_backend.interpreted(), reason="other reasons in the interpreter")
+def test_int8_rows_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = workload()
+    provider = FusedProvider(w, make_inputs(w, CPU))
+    candidate = Candidate(Strategy("grouped"), "fused", provider="fused", layout="prepared", activation_format="int8")
+    problem = provider._problem(candidate, make_inputs(w, CPU).weight)
+    answers = {a.backend: a.reason for a in explain(dataclasses.replace(problem, device=GPU))}
+    assert answers["torch"] == "does not quantize activations to int8" and answers["triton"]
 
 
 # ---- who cannot run says why
@@ -217,6 +296,110 @@ def test_records_say_what_ran(smoke: list[dict[str, Any]]) -> None:
     }  # fmt: skip
     assert all(r["ceiling_read_gbps"] == 20.0 and r["host_us"] is r["schedule_ms"] is None for r in smoke)
     assert all((r["plan_ms"] is not None) == (r["api"] == "raw" and r["strategy"] != "auto") for r in smoke)
+
+
+# ---- peers on CPUs
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize(("fmt", "dtype"), [("int4_asym", "bf16"), ("fp8_e4m3", "fp16"), ("int8_sym", "fp32"),
+                                            ("bf16", "bf16")])  # fmt: skip
+def test_prepacked_weights_pass_the_gate(fmt: str, dtype: str, kind: str) -> None:
+    w = workload(fmt, dtype=dtype, kind=kind)
+    candidates = enumerate_candidates(w, CPU, STRATEGIES, ["raw", "wrapper"], ["prepacked"])
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [(r.status, r.scope, r.strategy, r.api, r.launches) for r in records] == [
+        ("ok", "base mm", "per_expert", "raw", 3), ("ok", "base mm", "auto", "wrapper", 3),
+    ]  # fmt: skip
+    assert (records[0].plan_ms is None, records[1].plan_ms is None) == (False, True)
+
+
+def test_a_wrong_prepacked_weight_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = cpu_peers.PrepackedProvider._weights
+
+    def shuffled(self: cpu_peers.PrepackedProvider, pack: Any) -> list[torch.Tensor]:
+        return weights(self, pack)[::-1]
+
+    monkeypatch.setattr(cpu_peers.PrepackedProvider, "_weights", shuffled)
+    w = workload()
+    (r,) = measure_workload(
+        w, enumerate_candidates(w, CPU, STRATEGIES, ["raw"], ["prepacked"]), CEILINGS, ENV, CPU, rounds=1
+    )
+    assert r.status == "WRONG" and r.median_ms is None
+
+
+@pytest.mark.parametrize("fmt", [name for name in QUANTIZED if FORMATS[name].kind == "int"])
+def test_ark_gets_the_same_weight(fmt: str) -> None:
+    w = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight = quantize(w, fmt, group_size=32).experts(1, 2)
+    codes, zeros, scales = cpu_peers.ark_operands(weight)
+    assert codes.dtype == zeros.dtype == torch.int8 and scales.dtype == torch.float32
+    wide = [t.double().repeat_interleave(32, 0) for t in (zeros, scales)]
+    assert torch.equal(((codes.double() - wide[0]) * wide[1]).T, dequantize(weight, torch.float64)[0])
+
+
+def test_ark_has_no_place_for_some_weights() -> None:
+    weight = quantize(torch.randn(1, 32, 64), "int4_asym", group_size=64)
+    weight.zeros[0, 0, 0] = 16  # type: ignore[index]
+    with pytest.raises(ValueError, match="zero points of 16"):
+        cpu_peers.ark_operands(weight)
+    with pytest.raises(ValueError, match="tensor scales"):
+        cpu_peers.ark_operands(quantize(torch.randn(1, 32, 64), "int8_sym", scale_layout="tensor"))
+
+
+class FakeArk(types.ModuleType):
+    """Stores operands in a pickle and multiplies in fp32, by `error` too much."""
+
+    cpu_lib, error, spoiled = object(), 1.0, 0
+
+    def repack_quantized_weight(self, codes, scales, zeros, group, *rest):  # type: ignore[no-untyped-def]
+        dense = (codes.float() - zeros.float().repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
+        return dense + self.spoiled
+
+    def unpack_weight(self, packed, dtype, n, k, *rest):  # type: ignore[no-untyped-def]
+        return packed.T.to(dtype)
+
+    def woqgemm(self, x, packed, bias, *rest, out):  # type: ignore[no-untyped-def]
+        assert x.dtype == out.dtype == torch.float32
+        return out.copy_(x @ packed * self.error)
+
+
+@pytest.mark.parametrize(("error", "spoiled", "status"), [(1.0, 0, "ok"), (1.1, 0, "WRONG"), (1.0, 1, "unsupported")])
+def test_ark_in_the_flow(error: float, spoiled: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in: the gate, and the check that what it packs is the weight."""
+    fake = FakeArk(cpu_peers.MODULE)
+    fake.error, fake.spoiled = error, spoiled
+    monkeypatch.setitem(sys.modules, cpu_peers.MODULE, fake)
+    monkeypatch.setattr(cpu_peers.importlib.util, "find_spec", lambda name: fake)
+    w = workload("int4_asym")
+    candidates = enumerate_candidates(w, CPU, STRATEGIES, ["raw", "wrapper"], ["ark"])
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert [r.status for r in records] == [status, status]
+    if status == "ok":
+        assert all(r.config.startswith("auto-round-lib ") and r.launches == 3 for r in records)
+    if spoiled:
+        assert records[0].reason == "ark: ValueError: what it unpacks is not the weight that it packed"
+
+
+def test_ark_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_peers.importlib.util, "find_spec", lambda name: None)
+    w = workload()
+    provider = cpu_peers.ArkProvider(w, make_inputs(w, CPU))
+    (candidate,) = enumerate_candidates(w, CPU, STRATEGIES, ["raw"], ["ark"])
+    assert provider.refuse(candidate) == "not installed: pip install auto-round-lib"
+    monkeypatch.setattr(cpu_peers.importlib.util, "find_spec", lambda name: name)
+    fp8 = workload("fp8_e4m3")
+    provider = cpu_peers.ArkProvider(fp8, make_inputs(fp8, CPU))
+    assert provider.refuse(candidate) == "takes integer weights here, not fp8_e4m3"
+
+
+@pytest.mark.skipif(importlib.util.find_spec(cpu_peers.MODULE) is None, reason="auto-round-lib is not installed")
+@pytest.mark.parametrize("fmt", ["int8_asym", "int4_sym", "int4_asym", "int2_sym"])
+def test_ark_itself_passes_the_gate(fmt: str) -> None:
+    w = workload(fmt)
+    candidates = enumerate_candidates(w, CPU, STRATEGIES, ["raw", "wrapper"], ["ark"])
+    records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
+    assert {(r.status, r.reason) for r in records} == {("ok", None)}
 
 
 # ---- Humming: its packing, and its flow with a stand-in

@@ -262,9 +262,13 @@ def test_strided_activations() -> None:
 def test_the_backend_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     multiply = qexperts.layer.grouped_gemm
-    monkeypatch.setattr(
-        qexperts.layer, "grouped_gemm", lambda *a, backend: (seen.append(backend), multiply(*a, backend=backend))[1]
-    )
+
+    def spied(*arguments: Any, backend: str, activation_format: str | None) -> torch.Tensor:
+        seen.append(backend)
+        assert activation_format is None
+        return multiply(*arguments, backend=backend)
+
+    monkeypatch.setattr(qexperts.layer, "grouped_gemm", spied)
     module = QuantExperts(*layer_for("int4_sym"), backend="torch")
     module(activations(3, torch.bfloat16), *routing(3, 1))
     fused_experts(activations(3, torch.bfloat16), *layer_for("int4_sym"), *routing(3, 1))

@@ -34,6 +34,7 @@ LAYERS = (
     "kernels_cpu",
     "strategies",
     "backends",
+    "checks",
     "ops",
     "library",
     "layer",

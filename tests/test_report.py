@@ -286,7 +286,9 @@ class TestText:
     def test_csv_round_trip(self) -> None:
         rows = list(csv.DictReader(io.StringIO(report.render([*INT4, WRONG], "csv"))))
         assert len(rows) == len(INT4) + 1
-        assert list(rows[0])[-6:] == ["speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction"]
+        derived = ["speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction"]
+        derived += ["peer", "versus_peer", "versus_peer_low", "scaling", "scaling_low"]
+        assert list(rows[0])[-len(derived) :] == derived
         assert {f.name for f in dataclasses.fields(Record)} < set(rows[0])
         row = rows[3]
         assert (row["strategy"], row["threshold"], row["launches"], row["graph"]) == (

@@ -20,6 +20,7 @@ from qexperts.routing import (
     Distribution,
     even,
     from_file,
+    hot,
     log_normal,
     parse_distribution,
     recorded,
@@ -118,6 +119,30 @@ class TestDistribution:
     def test_bad_name(self, name: str) -> None:
         assert error_of(lambda: Distribution(name, (1,), "test")).startswith("Distribution: name is ")
         assert error_of(lambda: Distribution("test", (1,), name)).startswith("Distribution: source is ")
+
+
+class TestHot:
+    def test_one_expert_has_its_share(self) -> None:
+        dist = hot(0.6, 64, 2048, seed=3)
+        assert sorted(dist.counts)[-1] == 1229 and dist.total_tokens == 2048 and dist.scaled is None
+        assert set(sorted(dist.counts)[:-1]) == {13}
+        assert hot(0.6, 64, 2048, seed=3) == dist != hot(0.6, 64, 2048, seed=4)
+        assert parse_distribution("hot", num_experts=64, total_tokens=2048, seed=3) == dist
+        assert parse_distribution("hot:0.25", num_experts=4, total_tokens=8).counts == (2, 2, 2, 2)
+
+    def test_all_rows(self) -> None:
+        assert sorted(hot(1, 4, 7).counts) == [0, 0, 0, 7] and hot(1, 1, 7).counts == (7,)
+
+    def test_a_cap_holds_it(self) -> None:
+        dist = hot(0.6, 64, 2048, max_per_expert=256)
+        assert (
+            dist.max_tokens == 256
+            and dist.scaled == "hot:0.6 with at most 256 rows per expert, the excess spread over the others"
+        )
+
+    @pytest.mark.parametrize("share", [0.1, 1.5, 0.0])
+    def test_bad_share(self, share: float) -> None:
+        assert error_of(lambda: hot(share, 4, 8)) == f"hot: share is {share}; expected 1/E to 1, with E = 4."
 
 
 class TestRecorded:
@@ -444,7 +469,7 @@ class TestParse:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("nope", "distribution: 'nope' is not known; expected one of autoround-256, even, zipf[:S], "),
+            ("nope", "distribution: 'nope' is not known; expected one of autoround-256, even, hot[:SHARE], zipf[:S], "),
             ("", "distribution: '' is not known; expected one of "),
             ("a\nb", "distribution: 'a\\nb' is not known; "),
             ("even:3", "distribution: 'even:3'; even takes no parameter, give even."),

@@ -53,10 +53,14 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale."),
         click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
         click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
-        click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and humming (a peer), "
+        click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and the peers humming "
+                     "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights) and ark (CPU: auto-round-lib), "
                      "or all.  [default: torch,fused; torch without Triton or, on a CPU, Numba]"),
         click.option("--weight-layout", default="prepared", show_default=True,
                      help="Comma list of prepared and public, of the weights that fused kernels read."),
+        click.option("--activation-format", type=click.Choice(["int8"]),
+                     help="Adds, for integer formats, fused rows on activations rounded by row and group: faster, less "
+                     "exact; their error is shown, and they are not ranked with the others."),
         click.option("--peer-tries", type=int, default=4, show_default=True,
                      help="Configurations that a peer tries besides its default one; each is compiled."),
         click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True,
@@ -66,6 +70,8 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
         click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
                      help="Of the activations."),
+        click.option("--threads", help="Comma list of numbers of threads, measured in the same rounds; CPUs only.  "
+                     "[default: torch's own]"),
         click.option("--rounds", type=int, help="Samples of each configuration.  [default: 20, on a CPU 5]"),
         click.option("--out", type=OUT, default="table", show_default=True),
         click.option("--save", metavar="FILE.jsonl", help="Append each record as soon as it is measured."),
@@ -77,8 +83,8 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @bench.command()
-@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, zipf[:S], "
-              "log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
+@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
+              "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
 @click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
 @click.option("--top-k", type=int, default=8, show_default=True,
               help="Synthetic distributions: no expert gets more than tokens / top-k rows.")  # fmt: skip

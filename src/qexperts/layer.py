@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks import check_activation_format, check_activations
 from .formats import QuantWeight
-from .ops import check_activations, grouped_gemm, prepare
+from .ops import grouped_gemm, prepare
 from .plan import TokenPlan
 
 __all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "fused_experts"]
@@ -38,6 +39,7 @@ def fused_experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     backend: str = "auto",
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """The experts of a Mixture-of-Experts layer on the tokens that a router sends them.
 
@@ -55,7 +57,7 @@ def fused_experts(
         activation: a name from `ACTIVATIONS`, or a function of all of h: [S, 2I] (or [S, I]) -> [S, I], which also
             sees rows of sentinels.
         gate_up_bias, down_bias: [E, 2I] (or [E, I]) and [E, H]; dtype of x; finite.
-        backend: as for `grouped_gemm`.
+        backend, activation_format: as for `grouped_gemm`, of both multiplications.
     Returns: [T, H]; dtype of x. Each step before the last is rounded to the dtype of x, as a loop over experts in
         torch does it; the weighted sum is taken in fp32, in the order of the slots, and rounded once.
     Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
@@ -76,11 +78,11 @@ def fused_experts(
         rows = x.repeat_interleave(top_k, 0).index_select(0, plan.row_to_slot)
     else:
         rows = x.index_select(0, plan.row_to_token)
-    h = grouped_gemm(rows, w_gate_up, plan, backend=backend)
+    h = grouped_gemm(rows, w_gate_up, plan, backend=backend, activation_format=activation_format)
     if gate_up_bias is not None:
         h = h + gate_up_bias.index_select(0, row_expert)
     h = _activate(where, h, activation, w_down.K)
-    y = grouped_gemm(h, w_down, plan, backend=backend)
+    y = grouped_gemm(h, w_down, plan, backend=backend, activation_format=activation_format)
     if down_bias is not None:
         y = y + down_bias.index_select(0, row_expert)
     y = y.index_select(0, plan.slot_to_row).view(tokens, top_k, w_down.N)
@@ -96,7 +98,7 @@ class QuantExperts(nn.Module):
     dict records formats and layouts, and one of another format or layout is refused before anything is loaded.
 
     Args:
-        w_gate_up, w_down, activation, gate_up_bias, down_bias, backend: as for `fused_experts`.
+        w_gate_up, w_down, activation, gate_up_bias, down_bias, backend, activation_format: as for `fused_experts`.
     """
 
     gate_up_bias: nn.Parameter | None
@@ -111,15 +113,18 @@ class QuantExperts(nn.Module):
         gate_up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
         backend: str = "auto",
+        activation_format: str | None = None,
     ) -> None:
         super().__init__()
         _check_weights("QuantExperts", w_gate_up, w_down, activation, gate_up_bias, down_bias, None)
+        check_activation_format("QuantExperts", activation_format, traced=False)
         self.gate_up_proj = QuantProjection(w_gate_up)
         self.down_proj = QuantProjection(w_down)
         self.register_parameter("gate_up_bias", _frozen(gate_up_bias))
         self.register_parameter("down_bias", _frozen(down_bias))
         self.activation = activation
         self.backend = backend
+        self.activation_format = activation_format
 
     @property
     def gate_up(self) -> QuantWeight:
@@ -155,6 +160,7 @@ class QuantExperts(nn.Module):
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
             backend=self.backend,
+            activation_format=self.activation_format,
         )
         return out.view(hidden_states.shape)
 

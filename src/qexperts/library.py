@@ -12,20 +12,9 @@ from typing import Any
 
 import torch
 
+from .checks import PackedCall, check_activations, check_columns, check_counts, check_frozen, check_packed
 from .formats import QuantWeight, weight_fields
-from .ops import (
-    Manner,
-    PackedCall,
-    check_activations,
-    check_columns,
-    check_counts,
-    check_frozen,
-    check_packed,
-    run_columns,
-    run_gradient,
-    run_now,
-    run_packed,
-)
+from .ops import Manner, run_columns, run_gradient, run_now, run_packed
 from .plan import TokenPlan
 
 __all__: list[str] = []

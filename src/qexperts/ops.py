@@ -9,7 +9,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import Backend, Call, Problem, select
-from .formats import FORMATS, QuantWeight, weight_fields
+from .checks import (
+    PackedCall,
+    check_activation_format,
+    check_activations,
+    check_columns,
+    check_counts,
+    check_frozen,
+    check_out,
+    check_packed,
+)
+from .formats import QuantWeight, weight_fields
 from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
 from .workspace import clear_workspaces
@@ -26,8 +36,6 @@ __all__ = [
     "unprepare",
 ]
 
-_FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
-_FLOAT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -57,7 +65,8 @@ def grouped_gemm(
         out: [S, N]; dtype of x; every element is written. Not with gradients.
         backend: "auto" or a name from `qexperts.backends.BACKENDS`.
         activation_format: None, or "int8" (less exact, faster; `cpu` backend, integer weights, not traced): x rounded
-            to 127 steps of the largest magnitude of each row and group (256 k where a group is all of K).
+            to 127 steps of the largest magnitude of each row and group (256 k where a group is all of K); gradients
+            pass through the rounding.
     Returns: [S, N]; dtype of x; fp32 accumulation, rounded once; 0 in rows that belong to no expert.
     Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
 
@@ -73,9 +82,8 @@ def grouped_gemm(
             f"{x.shape[0]} rows over {weight.E} experts on {x.device}, as x and weight have."
         )
     if out is not None:
-        _check_out(where, out, x, weight.N)
-    if activation_format not in ((None,) if traced(x) else (None, "int8")):
-        raise ValueError(f"{where}: activation_format is {activation_format!r}; expected None, or untraced 'int8'.")
+        check_out(where, out, x, weight.N)
+    check_activation_format(where, activation_format, traced=traced(x))
     if traced(x):
         y = torch.ops.qexperts.grouped_gemm(x, plan.counts, *weight_fields(weight), backend)
     else:
@@ -120,6 +128,7 @@ def moe_gemm_decode(
     weight_bits: int = 4,
     group_size: int = 128,
     asym: bool = False,
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """Grouped GEMM for few rows per expert; right for any counts, meant to be fast at 1-4.
 
@@ -136,6 +145,7 @@ def moe_gemm_decode(
         weight_bits: 2, 4, 8 or 16.
         group_size: consecutive k that share a scale; divides K.
         asym: codes are unsigned and come with zeros.
+        activation_format: None, or "int8" as for `grouped_gemm`.
     Returns: [total_tokens, N]; dtype of the activations; fp32 accumulation, rounded once.
     Raises: ValueError for any mismatch; on the CPU also for counts that do not add up. On a GPU rows past the sum
         are written as 0 and nothing is read to check it: see `check_tokens`.
@@ -143,7 +153,7 @@ def moe_gemm_decode(
     Synchronisation, graphs and gradients as `grouped_gemm`.
     """
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
-    return _packed(call, ("moe_gemm_decode", None, "decode", 4))
+    return _packed(call, ("moe_gemm_decode", None, "decode", 4), activation_format)
 
 
 def moe_gemm_prefill(
@@ -157,6 +167,7 @@ def moe_gemm_prefill(
     group_size: int = 128,
     asym: bool = False,
     scale_scheme: str | None = None,
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """Grouped GEMM for many, unevenly spread rows per expert.
 
@@ -169,7 +180,7 @@ def moe_gemm_prefill(
             row-major, scales fp32 [E]; group_size and weight_bits are ignored, zeros and asym refused.
     """
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
-    return _packed(call, ("moe_gemm_prefill", scale_scheme, "prefill", 4))
+    return _packed(call, ("moe_gemm_prefill", scale_scheme, "prefill", 4), activation_format)
 
 
 def moe(
@@ -184,6 +195,7 @@ def moe(
     asym: bool = False,
     phase: str = "auto",
     decode_threshold: int = 4,
+    activation_format: str | None = None,
 ) -> torch.Tensor:
     """One entry point for prefill and decode; bit-identical to the kernel it dispatches to.
 
@@ -201,7 +213,7 @@ def moe(
     if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
         raise ValueError(f"moe: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
-    return _packed(call, ("moe", None, phase, decode_threshold))
+    return _packed(call, ("moe", None, phase, decode_threshold), activation_format)
 
 
 def prepare(weight: QuantWeight, backend: str = "auto", *, keep_source: bool = False) -> QuantWeight:
@@ -247,21 +259,20 @@ def _check_public(where: str, weight: QuantWeight) -> None:
         raise ValueError(f"{where}: the weight is already in layout {weight.weight_layout!r}; unprepare() it first.")
 
 
-# activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym
-PackedCall = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, bool]
 # where, scale_scheme, phase, decode_threshold
 Manner = tuple[str, str | None, str, int]
 
 
-def _packed(call: PackedCall, manner: Manner) -> torch.Tensor:
+def _packed(call: PackedCall, manner: Manner, activation_format: str | None) -> torch.Tensor:
+    check_activation_format(manner[0], activation_format, traced=traced(call[0]))
     if traced(call[0]):
         return torch.ops.qexperts.moe(*call, *manner)
-    return run_packed(call, manner)
+    return run_packed(call, manner, activation_format)
 
 
-def run_packed(call: PackedCall, manner: Manner) -> torch.Tensor:
+def run_packed(call: PackedCall, manner: Manner, activation_format: str | None = None) -> torch.Tensor:
     """`moe`, `moe_gemm_decode` and `moe_gemm_prefill`, not traced."""
-    key = _kind(call, manner)
+    key = _kind(call, manner) if activation_format is None else None
     known = _BOUND.get(key) if key is not None else None
     if known is not None:
         return known(call[0], call[1], call[3], call[4], call[2])
@@ -272,7 +283,9 @@ def run_packed(call: PackedCall, manner: Manner) -> torch.Tensor:
     if key is not None and weight.codes is call[1] and x is call[0]:
         problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
         _remember(key, select(problem), problem, weight)
-    return run_now(where, x, weight, plan, phase=phase, decode_threshold=decode_threshold)
+    return run_now(
+        where, x, weight, plan, phase=phase, decode_threshold=decode_threshold, activation_format=activation_format
+    )
 
 
 # Calls that have been checked, by everything the checks read: a call like one before costs a look-up.
@@ -426,156 +439,9 @@ class _GroupedGemm(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def check_columns(
-    where: str, activations: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor | None
-) -> tuple[torch.Tensor, QuantWeight]:
-    """What `moe_gemm` promises: weights [E, K, N] as they are, scales by output column."""
-    _check_3d(where, weights, "[E, K, N]")
-    if weights.dtype not in _FLOAT or activations.dtype not in (weights.dtype, torch.float32):
-        raise ValueError(
-            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; expected bf16 or fp16 weights in "
-            f"the dtype of the activations. Quantized weights go to moe_gemm_prefill or moe_gemm_decode."
-        )
-    x = check_activations(where, activations, weights.shape[1], weights.device)
-    weight = _weight(where, weights.mT, None, None, _FLOAT[weights.dtype], None)
-    expected = (weight.E, weight.N)
-    if scales is not None and (tuple(scales.shape) != expected or scales.dtype not in (*_FLOAT, torch.float32)):
-        raise ValueError(
-            f"{where}: scales is {tuple(scales.shape)} {scales.dtype}; expected [E, N] = {expected} in bf16, fp16 or "
-            f"fp32."
-        )
-    if scales is not None:
-        _check_device(where, "scales", scales, x.device)
-    return x, weight
-
-
-def check_packed(where: str, scale_scheme: str | None, call: PackedCall) -> tuple[torch.Tensor, QuantWeight]:
-    """Everything the tensor-level calls promise, checked once: ARK's contract, group scales in the activation dtype."""
-    if scale_scheme is not None:
-        return _check_per_tensor(where, scale_scheme, call)
-    activations, weights, _, scales, zeros, weight_bits, group_size, asym = call
-    _check_3d(where, weights, "[E, N, K_packed]")
-    name = _format_name(where, activations, weights, weight_bits, asym)
-    fmt = FORMATS[name]
-    x = check_activations(where, activations, None, weights.device)
-    k = x.shape[1]
-    if weights.dtype != fmt.storage:
-        raise ValueError(f"{where}: weights is {weights.dtype}; weight_bits={weight_bits} expected {fmt.storage}.")
-    if k % fmt.codes_per_byte or weights.shape[2] != fmt.packed_k(k):
-        raise ValueError(
-            f"{where}: weights is {tuple(weights.shape)}; expected [E, N, K / {fmt.codes_per_byte}] with K={k} from "
-            f"activations {tuple(activations.shape)}, weight_bits={fmt.bits}."
-        )
-    for label, t in (("scales", scales), ("zeros", zeros)):
-        if t is not None and fmt.quantized and t.dtype != x.dtype:
-            raise ValueError(
-                f"{where}: {label} is {t.dtype}; expected {x.dtype}, as the activations. Weights with other scales go "
-                f"to grouped_gemm as a QuantWeight."
-            )
-    return x, _weight(where, weights, scales, zeros, name, group_size if fmt.quantized else None)
-
-
-def _check_per_tensor(where: str, scale_scheme: str, call: PackedCall) -> tuple[torch.Tensor, QuantWeight]:
-    activations, weights, _, scales, zeros, _, _, asym = call
-    if scale_scheme != "per_tensor":
-        raise ValueError(f"{where}: scale_scheme is {scale_scheme!r}; expected None or 'per_tensor'.")
-    if asym or zeros is not None:
-        raise ValueError(f"{where}: scale_scheme='per_tensor' is symmetric; drop asym and zeros.")
-    _check_3d(where, weights, "[E, K, N]")
-    name = {torch.int8: "int8_sym", **_FP8}.get(weights.dtype)
-    if name is None:
-        raise ValueError(
-            f"{where}: weights is {weights.dtype}; scale_scheme='per_tensor' expected torch.int8, float8_e4m3fn or "
-            f"float8_e5m2 [E, K, N]."
-        )
-    x = check_activations(where, activations, weights.shape[1], weights.device)
-    if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != (weights.shape[0],):
-        given = "None" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
-        raise ValueError(f"{where}: scales is {given}; scale_scheme='per_tensor' expected ({weights.shape[0]},) fp32.")
-    codes = (weights.view(torch.uint8) if weights.dtype == torch.int8 else weights).mT
-    return x, _weight(where, codes, scales, None, name, None, "tensor")
-
-
-def _format_name(where: str, activations: torch.Tensor, weights: torch.Tensor, weight_bits: int, asym: bool) -> str:
-    if weights.dtype in _FP8:
-        if asym:
-            raise ValueError(f"{where}: asym=True with {weights.dtype} weights; FP8 has no zero points, drop it.")
-        return _FP8[weights.dtype]
-    if not isinstance(weight_bits, int) or weight_bits not in (2, 4, 8, 16):
-        raise ValueError(f"{where}: weight_bits is {weight_bits!r}; expected 2, 4, 8 or 16.")
-    if weight_bits < 16:
-        return f"int{weight_bits}_{'asym' if asym else 'sym'}"
-    if asym:
-        raise ValueError(f"{where}: asym=True with weight_bits=16; unquantized weights have no zero points, drop it.")
-    if weights.dtype not in _FLOAT or (weights.dtype != activations.dtype and activations.dtype != torch.float32):
-        raise ValueError(
-            f"{where}: weights is {weights.dtype}, activations {activations.dtype}; weight_bits=16 expected bf16 or "
-            f"fp16 weights in the dtype of the activations."
-        )
-    return _FLOAT[weights.dtype]
-
-
-def _check_3d(where: str, weights: torch.Tensor, expected: str) -> None:
-    if weights.ndim != 3 or weights.shape[0] < 1:
-        raise ValueError(f"{where}: weights is {tuple(weights.shape)}; expected {expected} with at least one expert.")
-
-
-def check_activations(where: str, x: torch.Tensor, k: int | None, device: torch.device) -> torch.Tensor:
-    """[total_tokens, K] in a supported dtype on the device of the weights, with contiguous rows."""
-    allowed = (*_FLOAT, torch.float32) if x.device.type == "cpu" else tuple(_FLOAT)
-    if x.ndim != 2 or x.shape[1] < 1 or (k is not None and x.shape[1] != k):
-        raise ValueError(
-            f"{where}: activations is {tuple(x.shape)}; expected [total_tokens, K]" + (f" with K={k}." if k else ".")
-        )
-    if x.dtype not in allowed:
-        raise ValueError(f"{where}: activations is {x.dtype}; expected bf16 or fp16 (fp32 on the CPU only).")
-    _check_device(where, "weights", x, device, "activations")
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _check_device(where: str, name: str, t: torch.Tensor, device: torch.device, other: str | None = None) -> None:
-    if t.device != device:
-        pair = f"{other} is on {t.device}, {name} on {device}" if other else f"{name} is on {t.device}, not on {device}"
-        raise ValueError(f"{where}: {pair}; put all tensors on one device.")
-
-
-def _check_out(where: str, out: torch.Tensor, x: torch.Tensor, n: int) -> None:
-    if tuple(out.shape) != (x.shape[0], n) or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"{where}: out is {tuple(out.shape)} {out.dtype} on {out.device}; expected {(x.shape[0], n)} {x.dtype} on "
-            f"{x.device}."
-        )
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(f"{where}: out= has no gradient; drop it, or call under torch.no_grad().")
-
-
 def _check_no_grad(where: str, **tensors: torch.Tensor | None) -> None:
     if torch.is_grad_enabled():
         check_frozen(where, **tensors)
-
-
-def check_frozen(where: str, **tensors: torch.Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.requires_grad:
-            raise ValueError(
-                f"{where}: {name} requires a gradient; experts are frozen, only activations have one. Use "
-                f"{name}.requires_grad_(False), or torch.no_grad()."
-            )
-
-
-def _weight(
-    where: str,
-    codes: torch.Tensor,
-    scales: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    name: str,
-    group_size: int | None,
-    scale_layout: str = "group",
-) -> QuantWeight:
-    try:
-        return QuantWeight(codes, scales, zeros, FORMATS[name], group_size, scale_layout)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> TokenPlan:
@@ -584,17 +450,3 @@ def _plan(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight
         return TokenPlan.from_counts(counts, x.shape[0])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def check_counts(where: str, counts: torch.Tensor, x: torch.Tensor, weight: QuantWeight) -> None:
-    """Shape, dtype and device of the counts; no value is read."""
-    if not isinstance(counts, torch.Tensor):
-        raise ValueError(
-            f"{where}: num_tokens_per_expert is a {type(counts).__name__}; expected a tensor [E] = ({weight.E},) int32."
-        )
-    if counts.ndim != 1 or counts.shape[0] != weight.E or counts.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{where}: num_tokens_per_expert is {tuple(counts.shape)} {counts.dtype}; expected [E] = ({weight.E},) "
-            f"int32."
-        )
-    _check_device(where, "num_tokens_per_expert", counts, x.device)

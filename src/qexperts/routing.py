@@ -22,6 +22,7 @@ __all__ = [
     "Distribution",
     "even",
     "from_file",
+    "hot",
     "log_normal",
     "parse_distribution",
     "recorded",
@@ -132,6 +133,26 @@ def even(num_experts: int, total_tokens: int, *, max_per_expert: int | None = No
     return Distribution("even", tuple(counts), "synthetic: the same number of rows for every expert")
 
 
+def hot(
+    share: float, num_experts: int, total_tokens: int, seed: int = 0, *, max_per_expert: int | None = None
+) -> Distribution:
+    """One expert with a share of all rows, the same number for every other.
+
+    Args:
+        share: of the hot expert, 1/E to 1.
+        num_experts, total_tokens, seed, max_per_expert: as in `zipf`.
+    Raises: ValueError as `even`, and for any other share.
+    """
+    _check_parameter("hot", "share", share)
+    _check_sizes("hot", num_experts, total_tokens, max_per_expert)
+    if not 1 <= share * num_experts <= num_experts:
+        raise ValueError(f"hot: share is {share}; expected 1/E to 1, with E = {num_experts}.")
+    others = (1 - share) / (share * max(1, num_experts - 1))
+    exponents = [0.0] + [math.log(others) if others else -math.inf] * (num_experts - 1)
+    rule = f"one expert has {_short(share)} of the rows, the others the same number"
+    return _synthetic(f"hot:{_short(share)}", rule, exponents, total_tokens, seed, max_per_expert)
+
+
 def zipf(
     s: float, num_experts: int, total_tokens: int, seed: int = 0, *, max_per_expert: int | None = None
 ) -> Distribution:
@@ -220,7 +241,8 @@ def resample(
     return Distribution(dist.name, tuple(counts), dist.source, f"{begin} {change}")
 
 
-SYNTHETIC = ("even", "zipf", "log-normal")
+SYNTHETIC = ("even", "hot", "zipf", "log-normal")
+_DEFAULTS = {"hot": 0.6, "zipf": 1.0, "log-normal": 1.5}
 
 
 def is_synthetic(text: str) -> bool:
@@ -245,8 +267,9 @@ def parse_distribution(
     """What `--distribution` means.
 
     Args:
-        text: a recorded name; `even`; `zipf` or `zipf:S` (default 1); `log-normal` or `log-normal:SIGMA` (default
-            1.5); or a JSON file: anything with a path separator, ending in .json, or that exists. Names come first.
+        text: a recorded name; `even`; `hot` or `hot:SHARE` (default 0.6); `zipf` or `zipf:S` (default 1);
+            `log-normal` or `log-normal:SIGMA` (default 1.5); or a JSON file: anything with a path separator, ending in
+            .json, or that exists. Names come first.
         num_experts, total_tokens: the size to make or resample to; None is the size recorded, for synthetic ones that
             of autoround-256.
         seed, max_per_expert: as in `zipf` and `resample`.
@@ -264,13 +287,13 @@ def parse_distribution(
             if colon:
                 raise ValueError(f"distribution: {reprlib.repr(text)}; even takes no parameter, give even.")
             return even(experts, rows, max_per_expert=max_per_expert)
-        value = (1.0 if kind == "zipf" else 1.5) if not colon else _number(text, kind, parameter)
-        make = zipf if kind == "zipf" else log_normal
+        value = _number(text, kind, parameter) if colon else _DEFAULTS[kind]
+        make = {"hot": hot, "zipf": zipf, "log-normal": log_normal}[kind]
         return make(value, experts, rows, seed, max_per_expert=max_per_expert)
     separators = tuple(filter(None, (os.sep, os.altsep)))
     if text and (text.endswith(".json") or any(sep in text for sep in separators) or os.path.exists(text)):
         return resample(from_file(text), num_experts, total_tokens, seed, max_per_expert=max_per_expert)
-    known = ", ".join([*RECORDED, "even", "zipf[:S]", "log-normal[:SIGMA]"])
+    known = ", ".join([*RECORDED, "even", "hot[:SHARE]", "zipf[:S]", "log-normal[:SIGMA]"])
     raise ValueError(f"distribution: {reprlib.repr(text)} is not known; expected one of {known}, or a JSON file.")
 
 

@@ -17,10 +17,21 @@ from .plan import TokenPlan
 from .quantize import dequantize, quantize
 from .reference import grouped_gemm_reference
 
-__all__ = ["Case", "ErrorReport", "Inputs", "assert_no_worse", "judge", "make_inputs", "nan_filled", "peer_gemm"]
+__all__ = [
+    "Case",
+    "ErrorReport",
+    "Inputs",
+    "assert_no_worse",
+    "int8_rounded",
+    "judge",
+    "make_inputs",
+    "nan_filled",
+    "peer_gemm",
+]
 
 RMS_FACTOR = 2.0
 MAX_FACTOR = 4.0
+INT8_GROUP = 256  # k that share a scale of int8 activations where a group of the weight is all of K
 ACCUMULATION = 2.0**-24  # one fp32 rounding; k of them add up to about sqrt(k)
 
 
@@ -77,6 +88,13 @@ class Inputs:
         plan = TokenPlan.from_counts(counts, x.shape[0])
         return cls(x, weight, counts, plan, grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows))
 
+    def with_int8_activations(self) -> Inputs:
+        """The same x, judged by what int8 activations are rounded to: no rounding error of theirs is forgiven or
+        charged, only what is done with them."""
+        rows, x = self.counts.tolist(), int8_rounded(self.x, self.weight)
+        peer = peer_gemm(x.to(self.x.dtype), self.weight, rows)
+        return dataclasses.replace(self, oracle=grouped_gemm_reference(x, self.weight, rows), peer=peer)
+
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
     """Random tensors for a case; the scales are in the activation dtype, as the tensor-level API wants them."""
@@ -100,6 +118,19 @@ def peer_gemm(x: torch.Tensor, weight: QuantWeight, counts: Sequence[int]) -> to
             out[start : start + count] = x[start : start + count] @ w.T
         start += count
     return out
+
+
+def int8_rounded(x: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
+    """What activation_format="int8" makes of x: each row and group to 127 steps of its largest magnitude, in fp64."""
+    k = x.shape[1]
+    group = 128 if weight.scale_layout == "block128" else weight.group_size or k
+    if weight.scale_layout in ("channel", "tensor") or group == k:
+        group = min(INT8_GROUP, k)
+    groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
+    top = groups.abs().amax(2, keepdim=True)
+    scale = torch.where(top == 0, 1.0, top / 127)
+    codes = torch.round(groups * torch.where(top == 0, 1.0, 127 / top))
+    return (codes.double() * scale.double()).flatten(1)[:, :k]
 
 
 def nan_filled(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:

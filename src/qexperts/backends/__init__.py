@@ -184,6 +184,9 @@ def _say_skipped(name: str, reason: str) -> None:
 def select(problem: Problem, backend: str = "auto") -> Backend:
     """The backend that runs the problem.
 
+    "auto" warns, once for each reason, if a backend made for this device is skipped for another one: not where the
+    weight is in the layout of the one that runs it (nothing is lost), nor where none runs it (the error says all).
+
     Raises: ValueError for an unknown name; UnsupportedError, with every reason, if the named one (or, for "auto",
         none) can run it.
     """
@@ -193,10 +196,14 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
         candidates = [BACKENDS[backend]]
     else:
         raise ValueError(f"{problem.where}: backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}.")
+    skipped: list[tuple[str, str]] = []
     for candidate in candidates:
         reason = candidate.supports(problem)[0]
         if reason is None:
+            prepared_for_it = problem.weight_layout != "public" and problem.weight_layout == candidate.layout
+            for name, why in () if prepared_for_it else skipped:
+                _say_skipped(name, why)
             return candidate
         if backend == "auto" and problem.device.type in candidate.devices and not problem.backward:
-            _say_skipped(candidate.name, reason)
+            skipped.append((candidate.name, reason))
     raise UnsupportedError(problem.where, str(problem), {c.name: c.supports(problem)[0] or "" for c in candidates})

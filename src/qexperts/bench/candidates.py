@@ -13,7 +13,7 @@ from .workloads import Workload
 
 __all__ = ["LAYOUTS", "OWN", "PROVIDERS", "Candidate", "enumerate_candidates"]
 
-PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming")
+PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark")
 OWN: tuple[str, ...] = ("torch", "fused")  # the others are peers, packages of their own
 LAYOUTS: tuple[str, ...] = ("prepared", "public")
 
@@ -30,6 +30,8 @@ class Candidate:
         api: "raw": views, buffers and the plan are made before the clock; "wrapper": all inside.
         layout: of the weight: "public" or "prepared".
         phase: "decode" or "prefill" where the caller says so, "auto" where the call decides; None: no such choice.
+        activation_format: "int8": activations rounded by row and group inside the clock; None: as they are.
+        threads: of a CPU; None: as many as torch has.
         tries: of a peer: configurations to try besides its default one.
     """
 
@@ -41,6 +43,8 @@ class Candidate:
     provider: str = "torch"
     layout: str = "public"
     phase: str | None = None
+    activation_format: str | None = None
+    threads: int | None = None
     tries: int = 0
 
 
@@ -58,11 +62,15 @@ def enumerate_candidates(
     providers: Sequence[str] = ("torch",),
     layouts: Sequence[str] = ("prepared",),
     tries: int = 4,
+    activation_format: str | None = None,
 ) -> list[Candidate]:
     """Every row to measure for one workload, the baseline of each provider before its other rows.
 
     A pad_and_clip threshold that every expert is within is the work of full_pad: of those that are the same, only the
     first is measured.
+
+    Args:
+        activation_format: "int8" adds, for integer weights, the fused kernels' own launch on rounded activations.
     """
     strategies = sorted(_distinct(strategies, workload.distribution.max_tokens), key=lambda s: s.name != "per_expert")
     found: list[Candidate] = []
@@ -71,6 +79,9 @@ def enumerate_candidates(
             found += _torch(workload, device, strategies, apis)
         elif provider == "fused":
             found += _fused(workload, device, strategies, apis, layouts)
+            if activation_format is not None and workload.format.kind == "int":
+                grouped = _fused(workload, device, [Strategy("grouped")], apis, layouts)
+                found += [dataclasses.replace(c, activation_format=activation_format) for c in grouped]
         else:
             found += _peer(provider, device, apis, tries)
     return found
@@ -131,11 +142,14 @@ def _fused(
 
 
 def _peer(provider: str, device: torch.device, apis: Sequence[str], tries: int) -> list[Candidate]:
-    """A peer has one launch over all experts, on weights in its own layout."""
+    """Weights are in the peer's own layout. Humming has one launch over all experts, the CPU's peers a loop over them;
+    prepacked weights are dequantized before the clock."""
+    scope = "base mm" if provider == "prepacked" else "fused"
+    name = "grouped" if provider == "humming" else "per_expert"
     found = []
     for api in apis:
-        strategy = Strategy("grouped") if api == "raw" else None
-        found.append(_maker(provider, "fused", "prepared", api)(strategy, tries=tries))
+        strategy = Strategy(name) if api == "raw" else None
+        found.append(_maker(provider, scope, "prepared", api)(strategy, tries=tries))
     return _with_graphs(found, device)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from .records import Record
+from .timing import median_interval
 
 Mode = Literal["summary", "full"]
 
@@ -26,7 +27,17 @@ def label(record: Record) -> str:
     phase = getattr(record, "phase", None)
     text = f"phase {phase}" if record.strategy == "auto" and phase else text
     text += ", graph" if record.graph else ""
+    text += f", {record.activation_format} activations" if record.activation_format else ""
     return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
+
+
+def least_ratio(base: Record | None, record: Record | None) -> float | None:
+    """Lower end of the 90% interval of the median of base over record, round by round; None unless both were timed in
+    the same rounds, at least five."""
+    if base is None or record is None or not (time_of(base) and time_of(record)) or not base.same_rounds(record):
+        return None
+    interval = median_interval([b / r for b, r in zip(base.samples_ms, record.samples_ms, strict=False)])
+    return interval and interval[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +52,19 @@ class Row:
     graph: Record | None = None  # summary: the loop over experts under a CUDA graph
     ready: Record | None = None  # summary: the best with weights dequantized or gathered before the clock
     grouped: Record | None = None  # summary: one launch over all experts
-    peer: Record | None = None  # summary, of kernels on packed weights: the fastest of the others' grouped launches
+    peer: Record | None = None  # of kernels on packed weights: the fastest of the others' launches over all experts
+    single: Record | None = None  # full: the same on one thread
+
+    @property
+    def peer_low(self) -> float | None:
+        """The least that the peer's time over this one is."""
+        return least_ratio(self.peer, self.record)
+
+    @property
+    def scaling(self) -> float | None:
+        """Median on one thread over the median of this record."""
+        ours, one = time_of(self.record), time_of(self.single)
+        return one / ours if ours and one else None
 
     @property
     def speedup(self) -> float | None:
@@ -197,6 +220,16 @@ WHO = [
     Column("torch", "torch", "", field("torch"), str, "left", "varies", caption="torch {}".format),
     Column("flush", "flush", "", field("flush"), str, "left", "varies"),
 ]  # fmt: skip
+_PEER = [
+    Column("peer", "best\npeer", "ms", _peer, str, "left", "any", drop=3),
+    Column("versus_peer", "vs\npeer", "", _versus_peer, ratio_text, show="any", drop=2),
+    Column("versus_peer_low", "vs peer,\nat least", "", lambda row: row.peer_low, ratio_text, show="any", drop=2),
+]
+_SCALING = [
+    Column("scaling", "vs 1\nthread", "", lambda row: row.scaling, ratio_text, show="any"),
+    Column("scaling_low", "vs 1\nthread,\nat least", "", lambda row: least_ratio(row.single, row.record), ratio_text,
+           show="any"),
+]  # fmt: skip
 _FORMAT = [Column("format", "format", "", field("format"), str, "left")]
 _STRATEGY = [Column("strategy", "strategy", "", lambda row: label(row.record), str, "left", mark=_mark)]
 _ROOFLINE = Column("roofline", "% of\nroof-\nline", "", timed("roofline"), _percent)
@@ -222,6 +255,8 @@ _FULL = [
     Column("schedule_ms", "of it\nsche-\ndule", "ms", timed("schedule_ms"), ms_text, show="any", drop=6),
     _HOST,
     _VERSUS,
+    *_PEER,
+    *_SCALING,
     *_RATES,
     _ROOFLINE,
     Column("peak_bytes", "peak", "MiB", field("peak_bytes"), lambda v: number_text(v / 2**20), show="any", drop=3),
@@ -247,12 +282,12 @@ _SUMMARY = [
     Column("best_launches", "best\nlaunches", "", _launches_saved, show="any", drop=6),
     Column("median_ms", "best", "ms", _median, ms_text, mark=_mark),
     dataclasses.replace(_VERSUS, header="best\nspeed-up"),
-    Column("peer", "best\npeer", "ms", _peer, str, "left", "any", drop=3),
-    Column("versus_peer", "vs\npeer", "", _versus_peer, ratio_text, show="any", drop=2),
+    *_PEER,
     Column("ready_clip", "ready,\npad_and_clip", "ms", _at("ready_clip"), show="any", drop=4),
     Column("ready_strategy", "ready,\nbest\nstrategy", "", _ready, str, "left", "any", drop=7),
     Column("ready_ms", "ready,\nbest", "ms", lambda row: time_of(row.ready), ms_text, show="any", drop=2),
     *(dataclasses.replace(c, drop=8) for c in _RATES),
+    dataclasses.replace(_ERROR, drop=0),
     Column("floor_ms", "floor", "ms", timed("floor_ms"), ms_text, drop=2),
     _ROOFLINE,
     Column("headroom", "could\ngain", "", timed("roofline"), lambda v: ratio_text(1 / v), drop=1),
@@ -269,6 +304,8 @@ _DECODE_MEASURED = [
            number_text, mark=_mark),
     _HOST,
     _VERSUS,
+    *_PEER,
+    *_SCALING,
     _RATES[1],
     _READ,
     _ROOFLINE,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..backends import BACKENDS, Problem, cpu_backend, explain, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
-from . import humming
+from . import cpu_peers, humming
 from .environment import device_name, environment, pick_device
 from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS
@@ -68,9 +68,10 @@ def _triton(version: str | None) -> str:
 
 
 def _peer() -> str:
-    """Whether the package of the peer is there; who can use it says the benchmark."""
-    version = humming.version()
-    return f"{humming.PACKAGE} {version or 'not installed'}; torch's own grouped mm"
+    """Whether the packages of the peers are there; who can use them says the benchmark."""
+    packages = ((humming.PACKAGE, humming.version()), (cpu_peers.PACKAGE, cpu_peers.version()))
+    found = [f"{package} {version or 'not installed'}" for package, version in packages]
+    return "; ".join([*found, "torch's own grouped mm, and its oneDNN on prepacked weights"])
 
 
 def _matrix(device: torch.device, dtype: str) -> Table:

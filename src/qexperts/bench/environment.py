@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from .._version import __version__
 from .timing import flush_method
 
-__all__ = ["device_name", "environment", "pick_device"]
+__all__ = ["device_name", "environment", "pick_device", "with_threads"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -48,6 +49,11 @@ def device_name(device: torch.device) -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def with_threads(name: str, threads: int) -> str:
+    """The `device_name` of a CPU, with another number of threads."""
+    return re.sub(r", \d+ threads$", "", name) + f", {threads} threads"
 
 
 def environment(device: torch.device) -> dict[str, str | None]:

@@ -51,15 +51,17 @@ class PackedProvider:
     def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
         t, w, fmt = self._t, weight, weight.format
         if candidate.layout == "prepared":
-            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), backend=self._backend)
+            how = {"backend": self._backend, "activation_format": candidate.activation_format}
+            return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), **how)
         options = {
             "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
-            "asym": fmt.asym, "phase": candidate.phase,
+            "asym": fmt.asym, "phase": candidate.phase, "activation_format": candidate.activation_format,
         }  # fmt: skip
         return lambda: moe(t.x, w.codes, t.counts, **options)
 
     def _problem(self, candidate: Candidate, weight: QuantWeight) -> Problem:
-        return Problem.of("bench", self._t.x, weight, phase=candidate.phase or "auto")
+        phase, rounded = candidate.phase or "auto", candidate.activation_format
+        return Problem.of("bench", self._t.x, weight, phase=phase, activation_format=rounded)
 
     def _schedule(self, strategy: Strategy) -> Schedule:
         return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))

@@ -39,14 +39,18 @@ class CpuProvider(PackedProvider):
         if candidate.api == "wrapper":
             return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
         y = take((x.shape[0], weight.N), x.dtype)
+        int8 = candidate.activation_format is not None
+        run = functools.partial(_run_into, y, x, weight, self._t.counts, int8)
         if candidate.strategy is None:
-            run = functools.partial(_run_into, y, x, weight, self._t.counts)
             return Bound(run, Counter(), None, uses_scratch=False, config=config)
+        if int8:  # the one strategy that it is measured in
+            assert candidate.strategy.name == "grouped", candidate
+            return Bound(run, Counter(gemm=1), 0, uses_scratch=False, config=config)
         schedule = self._schedule(candidate.strategy)
         bound = schedule.bind(x, PackedGemm(weight, take), None if schedule.grouped else y, take)
         return Bound(bound, bound.counts, schedule.padded_rows, config=config)
 
 
-def _run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> torch.Tensor:
-    cpu_backend.run_into(y, x, weight, counts)
+def _run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor, int8: bool) -> torch.Tensor:
+    cpu_backend.run_into(y, x, weight, counts, int8)
     return y

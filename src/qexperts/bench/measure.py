@@ -1,4 +1,9 @@
-"""Check, then time, every candidate of one workload; a wrong result is never timed."""
+"""Check, then time, every candidate of one workload; a wrong result is never timed.
+
+Each is judged by the error rule of `qexperts.testing`. Rows on int8 activations have another error by their nature: the
+same rule is applied to them against the oracle, and the peer, on equally rounded activations, so that a wrong result is
+caught as it is elsewhere; the error that their records state is the one against the true oracle, x unrounded.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
 from .binding import Bound, Refused, of_peer
 from .candidates import Candidate
+from .environment import with_threads
 from .providers import Binder
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, useful_flop
@@ -48,18 +54,21 @@ def measure_workload(
 ) -> Iterator[Record]:
     """Yield a record per candidate, in order. If interrupted, those with samples are yielded before it goes on."""
     tick("preparing weights")
+    threads = torch.get_num_threads()
     tensors = make_inputs(workload, device)
     binder = Binder(workload, tensors)
     template = dataclasses.replace(_template(workload, tensors, ceilings, env), rounds=rounds)
     rows = [_Row(c, _describe(template, c)) for c in candidates]
     space = _SharedScratch(device, [_need(row, binder) for row in rows])
+    gate = _Gate(tensors)
     sampler = Sampler(device)
     for row in rows:
         tick(f"checking {row.record.provider} {row.record.strategy}")
         if row.record.status == "ok":
             try:
+                _use_threads(row.candidate.threads or threads)
                 with of_peer(row.candidate.provider):
-                    _prepare(row, binder, tensors, space, sampler)
+                    _prepare(row, binder, gate, space, sampler)
             except (torch.OutOfMemoryError, Refused) as error:
                 row.record.status, row.record.reason = "unsupported", str(error).splitlines()[0]
     timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
@@ -69,13 +78,38 @@ def measure_workload(
             rounds,
             [row.samples for row in timed],
             lambda: tick("timing"),
+            [functools.partial(_use_threads, row.candidate.threads or threads) for row in timed],
         )
     finally:
+        _use_threads(threads)
         for row in rows:
             if row.samples:
                 _summarise(row.record, row.samples)
             if row.samples or row.record.status != "ok":
                 yield row.record
+
+
+def _use_threads(n: int) -> None:
+    if n != torch.get_num_threads():
+        torch.set_num_threads(n)
+
+
+class _Gate:
+    """Judges results of a workload, each by the activations it is computed from."""
+
+    def __init__(self, tensors: Inputs) -> None:
+        self._t = tensors
+        self._rounded: Inputs | None = None
+
+    def judge(self, y: torch.Tensor, activation_format: str | None) -> ErrorReport:
+        t = self._t
+        report = judge(y, t.oracle, t.peer, t.x.shape[1])
+        if activation_format is None:
+            return report
+        if self._rounded is None:
+            self._rounded = t.with_int8_activations()
+        verdict = judge(y, self._rounded.oracle, self._rounded.peer, t.x.shape[1])
+        return dataclasses.replace(verdict, error=report.error, error_peer=report.error_peer)
 
 
 class _SharedScratch:
@@ -157,17 +191,21 @@ def _describe(template: Record, c: Candidate) -> Record:
         api=c.api,
         weight_layout=c.layout,
         phase=c.phase,
+        activation_format=c.activation_format,
+        threads=c.threads,
+        device=template.device if c.threads is None else with_threads(template.device, c.threads),
         samples_ms=[],
     )
 
 
-def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch, sampler: Sampler) -> None:
+def _prepare(row: _Row, binder: Binder, gate: _Gate, space: _SharedScratch, sampler: Sampler) -> None:
     """Bind, count, run once on poisoned memory, judge; capture, if the candidate asks for a graph; time what is apart:
     planning, the schedule kernel, the host."""
-    record, candidate, device = row.record, row.candidate, t.x.device
+    record, candidate, device = row.record, row.candidate, binder.device
     bound = binder.bind(candidate, space.take())
     _count(record, bound)
-    report, transient = _check(bound, t, space)
+    verdict = functools.partial(gate.judge, activation_format=candidate.activation_format)
+    report, transient = _check(bound, verdict, space, device)
     record.error, record.error_peer = report.error, report.error_peer
     if transient is not None:
         record.peak_bytes = row.scratch_bytes + bound.own_bytes + transient
@@ -175,7 +213,7 @@ def _prepare(row: _Row, binder: Binder, t: Inputs, space: _SharedScratch, sample
         _time_parts(record, bound, binder.plan(candidate), sampler, device)
     if report.ok and candidate.graph:
         bound = dataclasses.replace(bound, run=_captured(bound.run, device))
-        report, _ = _check(bound, t, space)
+        report, _ = _check(bound, verdict, space, device)
     if report.ok:
         row.bound = bound
     else:
@@ -209,21 +247,22 @@ def _time_parts(
         record.host_us = issue_us(bound.run, device, sum(bound.counts.values()) or UNKNOWN_LAUNCHES)
 
 
-def _check(bound: Bound, t: Inputs, space: _SharedScratch) -> tuple[ErrorReport, int | None]:
+def _check(
+    bound: Bound, verdict: Callable[[torch.Tensor], ErrorReport], space: _SharedScratch, device: torch.device
+) -> tuple[ErrorReport, int | None]:
     """Run on poisoned scratch and judge; also the device memory the run took beyond it, where torch keeps count."""
-    device = t.x.device
     space.poison()
     if not bound.uses_scratch:
         clear_workspaces()  # so that what the call keeps between calls is counted, whoever ran before
     if device.type != "cuda":
-        return judge(bound.run(), t.oracle, t.peer, t.x.shape[1]), None
+        return verdict(bound.run()), None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     y = bound.run()
     torch.cuda.synchronize(device)
     transient = torch.cuda.max_memory_allocated(device) - before
-    return judge(y, t.oracle, t.peer, t.x.shape[1]), transient
+    return verdict(y), transient
 
 
 def _captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:

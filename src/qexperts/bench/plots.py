@@ -83,7 +83,8 @@ def _unique(name: str, taken: Iterable[str]) -> str:
 
 def _projections(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     """Prefill records that belong into one figure, with a file name that says what differs between figures."""
-    kept = list(newest((r for r in records if r.kind == "prefill"), lambda r: (r.config_key(), r.device)).values())
+    shown = (r for r in records if r.kind == "prefill" and r.activation_format is None)
+    kept = list(newest(shown, lambda r: (r.config_key(), r.device)).values())
     split = ("num_experts", "total_tokens", "dtype", "provider", "api", "weight_layout", "device")
     varying = [name for name in split if len({getattr(r, name) for r in kept}) > 1]
     groups: dict[tuple[Any, ...], list[Record]] = {}

@@ -61,6 +61,10 @@ def _provider(name: str, device: torch.device) -> Callable[[Workload, Inputs], P
         from .fused import FusedProvider
 
         return FusedProvider
+    if name in ("prepacked", "ark"):
+        from .cpu_peers import ArkProvider, PrepackedProvider
+
+        return PrepackedProvider if name == "prepacked" else ArkProvider
     from .humming import HummingProvider
 
     return HummingProvider

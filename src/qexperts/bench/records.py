@@ -49,9 +49,11 @@ class Record:
     api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
     weight_layout: str  # "public" | "prepared"
     phase: str | None = None  # "decode" | "prefill" | "auto" (by the counts); None: no such choice
+    activation_format: str | None = None  # "int8": activations rounded by row and group; None: as they are
     config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
     top_k: int | None = None  # decode: experts per token
+    threads: int | None = None  # CPU: asked for beside others; None: as many as `device` says
     # what was counted
     launches: int | None = None  # GEMM launches
     schedule_launches: int | None = None  # making or restoring tile schedules
@@ -63,12 +65,12 @@ class Record:
     plan_ms: float | None = None  # planning, from counts on the device to launches; None where the time contains it
     # what was measured
     rounds: int = 0  # samples asked for; an interrupted run has fewer
-    flush: str = "write"  # of the caches, before each sample; "write+read": see `timing.py`; older records: "write"
+    flush: str = "write"  # of the caches, before each sample; "read", "write+read": `timing.py`; older records: "write"
     status: str = "ok"  # "ok" | "WRONG" | "unsupported"
     reason: str | None = None  # why, when status is not "ok"
-    error: float | None = None  # RMS error against the oracle, relative to the oracle's RMS
+    error: float | None = None  # RMS error against the oracle (x as it is), relative to the oracle's RMS
     error_peer: float | None = None  # the same of torch in the working dtype
-    samples_ms: list[float] = dataclasses.field(default_factory=list)
+    samples_ms: list[float] = dataclasses.field(default_factory=list)  # by round: the i-th of a run belong together
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -80,7 +82,7 @@ class Record:
     mandatory_bytes: int = 0  # codes, scales, zeros of active experts, x and y, once each
     ceiling_tflops: float | None = None  # matmul, measured on the spot
     ceiling_copy_gbps: float | None = None  # copy, bytes read plus written
-    ceiling_read_gbps: float | None = None  # GPU: reading only
+    ceiling_read_gbps: float | None = None  # reading only
     # where and when
     device: str = ""
     device_type: str = ""
@@ -126,7 +128,10 @@ class Record:
 
     def baseline_key(self) -> tuple[Any, ...]:
         """Records with equal keys share one baseline: eager `per_expert` of the same provider and scope."""
-        return (self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout)
+        return (
+            self.kind, self.workload_key(), self.format, self.provider, self.scope, self.api, self.weight_layout,
+            self.activation_format,
+        )  # fmt: skip
 
     def workload_key(self) -> tuple[Any, ...]:
         """What was multiplied, apart from the format, where, and after which flush: times that may be compared."""
@@ -142,7 +147,14 @@ class Record:
             self.kind, self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens,
             self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
-            self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k,
+            self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k, self.activation_format,
+            self.threads,
+        )  # fmt: skip
+
+    def same_rounds(self, other: Record) -> bool:
+        """Whether samples with one index were taken in one round: the same workload in the same run."""
+        return (self.time, self.command, self.kind, self.distribution, self.n, self.k, self.format, self.batch) == (
+            other.time, other.command, other.kind, other.distribution, other.n, other.k, other.format, other.batch,
         )  # fmt: skip
 
     def is_baseline(self) -> bool:

@@ -16,7 +16,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .candidates import OWN
-from .columns import WHO, WORKLOAD, Column, Mode, Row, all_columns, label, number_text, time_of, timed, worth_showing
+from .columns import (
+    WHO,
+    WORKLOAD,
+    Column,
+    Mode,
+    Row,
+    all_columns,
+    label,
+    least_ratio,
+    number_text,
+    time_of,
+    timed,
+    worth_showing,
+)
 from .records import Record
 
 if TYPE_CHECKING:
@@ -32,7 +45,10 @@ _CEILINGS = (
     ("read", "GB/s", "ceiling_read_gbps"),
 )
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
-_DERIVED = ("speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction")
+_DERIVED = (
+    "speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction",
+    "peer", "versus_peer", "versus_peer_low", "scaling", "scaling_low",
+)  # fmt: skip
 
 
 def fastest(records: Iterable[Record]) -> Record | None:
@@ -65,8 +81,14 @@ def paid(records: Sequence[Record]) -> list[Record]:
 
 
 def columns(records: Sequence[Record], mode: Mode) -> list[Column]:
-    """The columns a table of these records shows; records are of one kind."""
-    return worth_showing(all_columns(records[0].kind, mode), rows(records, mode)) if records else []
+    """The columns a table of these records shows; records are of one kind. A summary has errors only where rows of
+    another precision are in it."""
+    if not records:
+        return []
+    found = all_columns(records[0].kind, mode)
+    if mode == "summary" and not any(r.activation_format for r in records):
+        found = [c for c in found if c.name != "error" or records[0].kind == "decode"]
+    return worth_showing(found, rows(records, mode))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +118,9 @@ def _groups(items: Iterable[Record], key: Callable[[Record], Any]) -> list[list[
 
 
 def _rank_key(record: Record) -> tuple[Any, ...]:
-    """Records that compete to be the best: one workload, format and scope; raw and wrapped calls apart."""
-    return (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+    """Records that compete to be the best: one workload, format, scope and precision; raw and wrapped calls apart."""
+    key = (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+    return (*key, record.activation_format)
 
 
 def _full_rows(records: Sequence[Record]) -> list[Row]:
@@ -105,7 +128,26 @@ def _full_rows(records: Sequence[Record]) -> list[Row]:
     ranked = [[r for r in group if time_of(r)] for group in _groups(records, _rank_key)]
     best = {id(fastest(group)) for group in ranked if len(group) > 1}
     ordered = [r for group in _groups(records, lambda r: r.format) for part in _groups(group, _rank_key) for r in part]
-    return [Row(r, baselines.get(r.baseline_key()), id(r) in best) for r in ordered]
+    contenders = {_contest(group[0]): group for group in _groups(records, _contest)}
+    single = newest((r for r in records if r.threads == 1), _but_for_threads)
+    found = [Row(r, baselines.get(r.baseline_key()), id(r) in best) for r in ordered]
+    return [
+        dataclasses.replace(
+            row,
+            peer=_peer_of(row, contenders[_contest(row.record)]),
+            single=single.get(_but_for_threads(row.record)) if row.record.threads else None,
+        )
+        for row in found
+    ]
+
+
+def _contest(record: Record) -> tuple[Any, ...]:
+    """Records of the same product: those of one are each other's peers."""
+    return (record.format, record.workload_key(), record.group_size, record.api, record.torch)
+
+
+def _but_for_threads(record: Record) -> tuple[Any, ...]:
+    return (dataclasses.replace(record, threads=None).config_key(), record.time, record.command, record.torch)
 
 
 def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) -> Row:
@@ -125,22 +167,25 @@ def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) 
 
 def _peer_of(row: Row, group: Sequence[Record]) -> Record | None:
     """Of kernels on packed weights: the fastest of the other packages' launches over all experts, with torch's on
-    weights that are ready."""
+    weights that are ready; on a CPU, where that is a loop, torch's loop too."""
     if row.record.provider != OURS:
         return None
+    launches = ("grouped", "per_expert") if row.record.device_type == "cpu" else ("grouped",)
     return fastest(
         r for r in group
-        if r.provider != OURS and (r.provider != "torch" or (r.scope == "base mm" and r.strategy == "grouped"))
+        if r.provider != OURS and (r.provider != "torch" or (r.scope == "base mm" and r.strategy in launches))
     )  # fmt: skip
 
 
 def _summary_rows(records: Sequence[Record]) -> list[Row]:
-    """One row per format and provider; the best provider is marked where there are several."""
+    """One row per format, provider and precision; the best provider is marked where there are several of it."""
     baselines = baseline_of(records)
     found = []
-    for format_group in _groups(records, lambda r: (r.format, r.workload_key(), r.group_size, r.api, r.torch)):
-        part = [_summary_row(g, baselines) for g in _groups(format_group, lambda r: (r.provider, r.weight_layout))]
-        best = fastest(row.record for row in part) if len(part) > 1 else None
+    for format_group in _groups(records, _contest):
+        parts = _groups(format_group, lambda r: (r.provider, r.weight_layout, r.activation_format))
+        part = [_summary_row(g, baselines) for g in parts]
+        full = [row.record for row in part if row.record.activation_format is None]
+        best = fastest(full) if len(full) > 1 else None
         peers = [_peer_of(row, format_group) for row in part]
         found += [
             dataclasses.replace(row, best=row.record is best, peer=peer) for row, peer in zip(part, peers, strict=True)
@@ -221,13 +266,23 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
         notes.append(f"best: the lowest median of the {ranked}")
     seen = [r for row in shown for r in (row.record, row.ready) if r is not None]
+    if any(r.activation_format for r in seen):
+        notes.append(
+            "int8 activations: rounded by row and group inside the clock; checked against the oracle on equally "
+            "rounded activations, their error is that against the true one; not ranked with the other rows"
+        )
     if any(r.graph for r in seen):
         notes.append("graph: replayed from a CUDA graph, which holds for exactly these counts")
     if any("gathered" in label(r) for r in seen):
         notes.append("weights gathered: the small experts' weights made contiguous before or inside the clock")
     notes += _peer_configs(records)
     if any(row.peer for row in shown):
-        notes.append("best peer: the fastest launch over all experts that is not ours; ready: on dequantized weights")
+        notes.append(
+            "best peer: the fastest launch over all experts (on a CPU, or loop) that is not ours; ready: on "
+            "dequantized weights"
+        )
+    if any(row.peer_low or least_ratio(row.single, row.record) for row in shown):
+        notes.append("at least: lower end of the 90% interval of the median of the ratios round by round")
     if any(r.host_us for r in records) and (mode == "full" or records[0].kind == "decode"):
         notes.append("host: median host time to issue one warmed call, without waiting for the device")
     if mode == "summary" and records[0].kind == "prefill":
@@ -377,41 +432,54 @@ def markdown(found: Sequence[Chapter]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def flat(record: Record, baselines: dict[tuple[Any, ...], Record]) -> dict[str, Any]:
+def flat(row: Row) -> dict[str, Any]:
     """All fields of a record and what is derived from them; a wrong result has no times."""
+    record = row.record
     data = dataclasses.asdict(record)
     if record.status != "ok":
         data.update(dict.fromkeys(_TIMES), samples_ms=[])
-    row = Row(record, baselines.get(record.baseline_key()))
+    peer, ours = time_of(row.peer), time_of(record)
     derived = (
         row.speedup,
         *(timed(name)(row) for name in ("tflops", "gbps")),
         record.floor_ms,
         timed("roofline")(row),
         timed("read_fraction")(row),
+        label_of_peer(row),
+        peer / ours if peer and ours else None,
+        row.peer_low,
+        row.scaling,
+        least_ratio(row.single, record),
     )
     return {**data, **dict(zip(_DERIVED, derived, strict=True))}
 
 
+def label_of_peer(row: Row) -> str | None:
+    return f"{row.peer.provider} {row.peer.scope} {label(row.peer)}" if row.peer is not None else None
+
+
+def _rows_in_order(records: Sequence[Record]) -> list[Row]:
+    found = {id(row.record): row for row in _full_rows(records)}
+    return [found[id(record)] for record in records]
+
+
 def _csv(records: Sequence[Record]) -> str:
-    baselines = baseline_of(records)
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Record)] + list(_DERIVED), lineterminator="\n")
     writer.writeheader()
-    for record in records:
-        data = flat(record, baselines)
+    for row in _rows_in_order(records):
+        data = flat(row)
         writer.writerow({**data, "samples_ms": " ".join(map(repr, data["samples_ms"]))})
     return text.getvalue()
 
 
 def _json(records: Sequence[Record]) -> str:
     """Strict JSON: an error that is not a number becomes null, the status says the rest."""
-    baselines = baseline_of(records)
-    rows = [
-        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in flat(r, baselines).items()}
-        for r in records
+    found = [
+        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in flat(row).items()}
+        for row in _rows_in_order(records)
     ]
-    return json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 
 def render(

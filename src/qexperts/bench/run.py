@@ -42,6 +42,8 @@ class BenchOptions:
         tokens: rows over all experts (S).
         provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with Numba.
         weight_layout: comma list, of the weights that fused kernels read.
+        activation_format: "int8" adds rows of the fused kernels on activations rounded by row and group.
+        threads: comma list, CPUs only: every row with each number of threads.
         peer_tries: configurations that a peer tries besides its default one; each is compiled.
         top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
     """
@@ -58,6 +60,8 @@ class BenchOptions:
     thresholds: str | None = None
     provider: str | None = None
     weight_layout: str = "prepared"
+    activation_format: str | None = None
+    threads: str | None = None
     peer_tries: int = 4
     mode: str = "summary"
     api: str = "raw"
@@ -88,6 +92,7 @@ class Job:
     providers: list[str]
     layouts: list[str]
     rounds: int
+    threads: Sequence[int | None]
     writer: RecordWriter
 
 
@@ -100,6 +105,8 @@ def prepare(options: BenchOptions) -> Job:
         raise ValueError(f"--peer-tries {options.peer_tries}: expected at least 0")
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds {options.rounds}: expected at least 1")
+    if options.activation_format not in (None, "int8"):
+        raise ValueError(f"--activation-format {options.activation_format}: expected int8")
     apis = _words("--api", options.api, ("raw", "wrapper"))
     providers = _providers(options.provider, device)
     layouts = _words("--weight-layout", options.weight_layout, LAYOUTS)
@@ -114,9 +121,12 @@ def prepare(options: BenchOptions) -> Job:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot: needs matplotlib; install the bench extra: pip install 'qexperts[bench]'")
         Path(options.plot).mkdir(parents=True, exist_ok=True)
+    if options.threads is not None and device.type != "cpu":
+        raise ValueError(f"--threads {options.threads}: for CPUs; the device is {device}")
+    threads = [None] if options.threads is None else _integers("--threads", options.threads)
     rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
     writer = RecordWriter(options.save)
-    return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, writer)
+    return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, threads, writer)
 
 
 def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text: None) -> Iterator[Record]:
@@ -133,10 +143,11 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
         for i, workload in enumerate(job.workloads):
             candidates = enumerate_candidates(
                 workload, job.device, job.strategies, job.apis, job.providers, job.layouts,
-                job.options.peer_tries,
+                job.options.peer_tries, job.options.activation_format,
             )  # fmt: skip
+            by_threads = [dataclasses.replace(c, threads=n) for n in job.threads for c in candidates]
             for record in measure_workload(
-                workload, candidates, ceilings, env, job.device, job.rounds,
+                workload, by_threads, ceilings, env, job.device, job.rounds,
                 lambda text, w=workload, i=i: tick(w, i, text),
             ):  # fmt: skip
                 job.writer.write([record])

@@ -3,9 +3,9 @@
 Every round runs every candidate once, in a new (seeded) order, so that a machine that drifts does so for all alike.
 GPU samples are device events around the call (launch gaps included, as a user meets them); CPU samples are wall-clock.
 
-Before each sample the caches are overwritten; on a GPU a second buffer, larger than the cache, is then read. A cache
-that was only overwritten is full of dirty lines, and writing them back is charged to whoever is timed next. In a
-running model the weights that came before were read: the cache holds clean lines of other data, as it does here.
+Before each sample a CPU reads a buffer larger than its cache: as in a running model, it holds clean lines of weights
+that were read before. On a GPU the cache is overwritten, and then a second buffer is read. A cache that was only
+overwritten is full of dirty lines, and writing them back is charged to whoever is timed next.
 Measured on an H100 (50 MB of L2): a kernel that reads 160 MB takes 67 us after overwriting and 57 us after reading; a
 decode that reads 328 MB takes 140 us after overwriting, 132 us after overwriting and reading, and 136 us a call where
 eight sets of experts take turns without a flush, launch gaps included.
@@ -13,6 +13,7 @@ eight sets of experts take turns without a flush, launch gaps included.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -21,7 +22,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CacheFlusher", "Sampler", "flush_method", "host_ms", "issue_us", "percentile", "synchronize"]
+__all__ = [
+    "CacheFlusher",
+    "Sampler",
+    "flush_method",
+    "host_ms",
+    "issue_us",
+    "median_interval",
+    "percentile",
+    "synchronize",
+]
 
 QUEUE = 800  # launches that a device takes without holding up the host; NVIDIA's queue holds 1,024
 ISSUE_SECONDS = 0.5  # for the host time of one candidate
@@ -35,12 +45,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def flush_method(device: torch.device) -> str:
-    """What `CacheFlusher` does on a device, as records name it: "write" or "write+read"."""
-    return "write" if device.type == "cpu" else "write+read"
+    """What `CacheFlusher` does on a device, as records name it: "read" or "write+read"."""
+    return "read" if device.type == "cpu" else "write+read"
 
 
 class CacheFlusher:
-    """Overwrites a buffer larger than the cache; on a GPU, reads another one then, so that the cache is clean."""
+    """Reads a buffer larger than the cache, so that it holds clean lines of other data; on a GPU, overwrites another
+    one first."""
 
     def __init__(self, device: torch.device) -> None:
         cache = _last_level_cache() or _CACHE_BYTES
@@ -48,17 +59,17 @@ class CacheFlusher:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
         cache = max(cache, 2**19)
         self._device = device
-        self._written = torch.empty(OVERWRITE * cache, dtype=torch.uint8, device=device)
-        self._read: torch.Tensor | None = None
+        self._written: torch.Tensor | None = None
         if flush_method(device) == "write+read":
-            self._read = torch.zeros(READ * cache // 4, dtype=torch.int32, device=device)
-            self._largest = torch.zeros((), dtype=torch.int32, device=device)
+            self._written = torch.empty(OVERWRITE * cache, dtype=torch.uint8, device=device)
+        self._read = torch.zeros(READ * cache // 4, dtype=torch.int32, device=device)
+        self._largest = torch.zeros((), dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
-        self._written.zero_()
-        if self._read is not None:
+        if self._written is not None:
+            self._written.zero_()
             synchronize(self._device)  # so that the host is ahead of the device by the reading, not by both
-            torch.amax(self._read, dim=0, out=self._largest)
+        torch.amax(self._read, dim=0, out=self._largest)
 
 
 def _last_level_cache() -> int:
@@ -98,15 +109,21 @@ class Sampler:
         rounds: int,
         samples: Sequence[list[float]],
         tick: Callable[[], None] = lambda: None,
+        before: Sequence[Callable[[], object]] = (),
     ) -> None:
-        """Append `rounds` samples of each candidate to its list; what is there stays if this is interrupted."""
-        for run in candidates:
+        """Append `rounds` samples of each candidate to its list; what is there stays if this is interrupted. The i-th
+        samples of all candidates are those of round i. before: of each candidate, called outside the clock."""
+        for c, run in enumerate(candidates):
+            if before:
+                before[c]()
             run()  # warm: the check was the first call, this one has every buffer in place
         synchronize(self._device)
         order, shuffled = list(range(len(candidates))), random.Random(0)
         for _ in range(rounds):
             shuffled.shuffle(order)
             for c in order:
+                if before:
+                    before[c]()
                 samples[c].append(self.sample(candidates[c]))
                 tick()
 
@@ -142,6 +159,19 @@ def issue_us(run: Callable[[], object], device: torch.device, launches: int, cal
             times.append(time.perf_counter_ns() - start)
     synchronize(device)
     return statistics.median(times) / 1e3
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.9) -> tuple[float, float] | None:
+    """Bounds of the median by order statistics, whatever the distribution is; None for too few values (90%: under 5).
+
+    P(value[j] <= median <= value[n-1-j]) = 1 - 2 P(Binomial(n, 1/2) <= j) >= confidence      largest such j
+    """
+    n, j, tail = len(values), -1, 0.0
+    while j + 1 < n and 1 - 2 * (tail + math.comb(n, j + 1) / 2**n) >= confidence:
+        j += 1
+        tail += math.comb(n, j) / 2**n
+    ordered = sorted(values)
+    return None if j < 0 else (ordered[j], ordered[n - 1 - j])
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
