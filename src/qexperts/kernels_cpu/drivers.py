@@ -1,6 +1,8 @@
 """Drivers: what each thread of a call does, in plain Python that Numba compiles.
 
-    plan    one thread: cut the rows of each expert into items (expert, first row, rows), many rows first
+    run     every thread of the one team of a call: what follows, and between them waits for the work that others took,
+            never for a thread that has not come
+    plan    the first thread: cut the rows of each expert into items (expert, first row, rows), many rows first
     pack    all threads: activations into the order of the operands, and the sums of their groups
     gemm    all threads: each takes the next unit, an item times a block of columns, until none is left
 
@@ -17,9 +19,9 @@ from numba import njit
 
 from .micro import X_SIZES, MicroKernels
 from .spec import ITEM_ROWS, PANEL, Arg, Kind
-from .vectors import I32, I64, Emitter, device_function, fetch_add
+from .vectors import I32, I64, Emitter, call_function, device_function, fetch_add, wait_for
 
-__all__ = ["compiled", "write_gemm", "write_pack", "write_plan"]
+__all__ = ["compiled", "write_gemm", "write_pack", "write_run"]
 
 PACK_ROWS = 4  # that a thread packs at once
 LEVELS = 8  # items of 120 rows and more come first, then 60, 30, ...
@@ -55,6 +57,8 @@ _ITEMS, _ITEM_COUNT, _END = int(Arg.ITEMS), int(Arg.ITEM_COUNT), int(Arg.END)
 _COUNTS, _COUNTS_WIDE, _E, _S = int(Arg.COUNTS), int(Arg.COUNTS_WIDE), int(Arg.E), int(Arg.S)
 _SCRATCH, _SCRATCH_STEP = int(Arg.SCRATCH), int(Arg.SCRATCH_STEP)
 _BLOCK_GROUPS = int(Arg.BLOCK_GROUPS)
+_PACK, _GEMM, _CAME, _PLANNED = int(Arg.PACK), int(Arg.GEMM), 8 * int(Arg.CAME), 8 * int(Arg.PLANNED)
+_PACK_NEXT, _PACKED = 8 * int(Arg.PACK_NEXT), 8 * int(Arg.PACKED)
 
 
 @compiled
@@ -69,15 +73,21 @@ def put(a, i, value):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _count(a, expert, row):  # type: ignore[no-untyped-def]
+    """Rows of an expert whose first is `row`."""
+    if get(a, _COUNTS_WIDE):
+        count = get(get(a, _COUNTS), expert)
+    else:
+        count = load32(get(a, _COUNTS) + 4 * expert)
+    return max(0, min(count, get(a, _S) - row))
+
+
+@compiled
 def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
     """Append the items of least to most rows; returns how many there are now."""
     row = 0
     for expert in range(get(a, _E)):
-        if get(a, _COUNTS_WIDE):
-            count = get(get(a, _COUNTS), expert)
-        else:
-            count = load32(get(a, _COUNTS) + 4 * expert)
-        left = max(0, min(count, get(a, _S) - row))
+        left = _count(a, expert, row)
         while left > 0:
             rows = min(left, ITEM_ROWS)
             if least <= rows <= most:
@@ -88,22 +98,40 @@ def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
                 made += 1
             row += rows
             left -= rows
-    put(a, _END, row)
     return made
 
 
+@compiled
 def _plan(a):  # type: ignore[no-untyped-def]
+    row, hottest = 0, 0
+    for expert in range(get(a, _E)):
+        count = _count(a, expert, row)
+        hottest = max(hottest, count)
+        row += count
+    put(a, _END, row)
     most, made = ITEM_ROWS, 0
     for level in range(LEVELS):
         least = (most + 1) // 2 if level < LEVELS - 1 else 1
-        made = _plan_level(a, most, least, made)
+        if least <= hottest:
+            made = _plan_level(a, most, least, made)
         most = least - 1
     put(a, _ITEM_COUNT, made)
 
 
-def write_plan(kind: Kind) -> Callable[[int], None]:
+def write_run(kind: Kind) -> Callable[[int], None]:
     """The same for every kind."""
-    return _plan
+
+    def run(a):  # type: ignore[no-untyped-def]
+        if fetch_add(a + _CAME, 1) == 0:
+            _plan(a)
+            fetch_add(a + _PLANNED, 1)
+        if get(a, _PACK):
+            call_function(get(a, _PACK), a)
+            wait_for(a + _PACKED, get(a, _S))
+        wait_for(a + _PLANNED, 1)
+        call_function(get(a, _GEMM), a)
+
+    return run
 
 
 def write_pack(kind: Kind) -> Callable[[int], None]:
@@ -112,12 +140,14 @@ def write_pack(kind: Kind) -> Callable[[int], None]:
     def pack(a):  # type: ignore[no-untyped-def]
         rows = get(a, _S)
         while True:
-            first = fetch_add(a + _NEXT, PACK_ROWS)
+            first = fetch_add(a + _PACK_NEXT, PACK_ROWS)
             if first >= rows:
                 break
-            for r in range(first, min(first + PACK_ROWS, rows)):
+            end = min(first + PACK_ROWS, rows)
+            for r in range(first, end):
                 x = get(a, _X_IN) + r * get(a, _X_IN_STEP)
                 pack_row(a, x, get(a, _X) + r * get(a, _X_STEP), get(a, _SUMS) + r * get(a, _SUMS_STEP))
+            fetch_add(a + _PACKED, end - first)
 
     return pack
 
