@@ -15,6 +15,9 @@ Activations and the products they are multiplied in:
                AVX-512 VNNI, else fp32: the same sums
 
 Codes are exact in each; scales and zero points are applied to a group's fp32 sum.
+
+An activation that is Inf gives Inf in columns where the products do, NaN where its code is 0. With zero points (asym
+formats, bf16 products) or int8 activations it may give NaN in any column: the sum of the activations takes part.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ LAYOUT = "panels"
 DEVICES = ("cpu",)
 UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
-CHUNK_WORDS = 32  # of a row, gathered at once for few rows: they stay in the first cache
+CHUNK_WORDS = 16  # of a row, gathered at once for few rows: a cache line of each
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CPU = torch.device("cpu")
@@ -220,7 +223,7 @@ def _kernel(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -
         block_groups=block,
         chunk_groups=chunk,
         x_bytes=words * kind.operands * 4 * kind.terms,
-        scratch=kind.scratch_bytes(words, groups, block * group_words),
+        scratch=kind.scratch_bytes(min(words, max(block, chunk) * group_words), groups, block * group_words),
     )
 
 

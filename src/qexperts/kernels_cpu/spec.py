@@ -142,7 +142,7 @@ class Kind:
         return 1 + (self.shifted or self.subtracts)
 
     def scratch_bytes(self, gathered_words: int, groups: int, block_words: int) -> int:
-        """Of a thread: words in the order of "panels", the scales of a block, its sums, its operands."""
+        """Of a thread: the scales of a block, its sums, its operands, words in the order of "panels"."""
         line = self.panels * PANEL * 4
         gathered = 0 if self.source == "panels" else gathered_words * line
         scales = groups * self.parts * line if self.scale else 0
