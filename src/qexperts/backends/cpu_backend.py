@@ -1,6 +1,6 @@
 """Backend "cpu": kernels that read the packed weights, compiled by Numba for the instruction set of this machine.
 
-    plan       one thread reads the counts and cuts the rows into items
+    plan       the first thread reads the counts and cuts the rows into items
     pack       activations into the order of the weights' codes, if they are not in it
     gemm       threads take units, an item times 64 (16) columns: few rows multiply what they unpack, many rows unpack
                a block of the weight once into the cache; either way sums are added in one order, so decode and
@@ -15,6 +15,9 @@ Activations and the products they are multiplied in:
                AVX-512 VNNI, else fp32: the same sums
 
 Codes are exact in each; scales and zero points are applied to a group's fp32 sum.
+
+An activation that is Inf gives Inf in columns where the products do, NaN where its code is 0. With zero points (asym
+formats, bf16 products) or int8 activations it may give NaN in any column: the sum of the activations takes part.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import FORMATS, QuantWeight
+from ..formats import QuantWeight
+from ..kernels_cpu.spec import ISA_VARIABLE, ITEM_ROWS, PANEL, Arg, Kind
 from ..layouts import no_panels
 from ..plan import TokenPlan
 from ..strategies import Step, Take
@@ -43,9 +47,17 @@ LAYOUT = "panels"
 DEVICES = ("cpu",)
 UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
+CHUNK_WORDS = 16  # of a row, gathered at once for few rows: a cache line of each
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_CPU = torch.device("cpu")
+_LINE = 64  # bytes of a cache line
+# Plain integers: an index by name costs as much as all of a record.
+_S, _E, _END, _CODES, _SCALES, _ZEROS = (int(a) for a in (Arg.S, Arg.E, Arg.END, Arg.CODES, Arg.SCALES, Arg.ZEROS))
+_X_IN, _X_IN_STEP, _X, _X_STEP = (int(a) for a in (Arg.X_IN, Arg.X_IN_STEP, Arg.X, Arg.X_STEP))
+_Y, _Y_STEP, _SUMS, _SUMS_STEP = (int(a) for a in (Arg.Y, Arg.Y_STEP, Arg.SUMS, Arg.SUMS_STEP))
+_COUNTS, _COUNTS_WIDE = int(Arg.COUNTS), int(Arg.COUNTS_WIDE)
+_SCRATCH, _ITEMS = int(Arg.SCRATCH), int(Arg.ITEMS)
 
 
 @functools.cache
@@ -56,7 +68,7 @@ def installed() -> bool:
 def _isa() -> tuple[Any, str]:
     from ..kernels_cpu import isa
 
-    return isa.choose(os.environ.get(isa.VARIABLE, ""))
+    return isa.choose(os.environ.get(ISA_VARIABLE, ""))
 
 
 def describe() -> str:
@@ -129,122 +141,160 @@ def run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torc
     """`run` into an existing result: [S, N]; dtype of x, or fp32; rows contiguous."""
     if x.shape[0] == 0:
         return
-    isa, why = _isa()
-    assert isa is not None, why
-    if y.dtype == torch.float16 and not isa.halves:  # no instruction rounds to fp16
+    if y.dtype == torch.float16 and not _isa_used().halves:  # no instruction rounds to fp16
         wide = torch.empty(y.shape, dtype=torch.float32)
         run_into(wide, x, weight, counts, int8)
         y.copy_(wide)
         return
-    prepared = weight.weight_layout != "public"
-    source = "panels" if prepared else weight.code_order
-    layout, dtype = weight.scale_layout, weight.scale_dtype
-    key = (isa, weight.format.name, _NAMES[x.dtype], _NAMES[y.dtype], layout, dtype, source, int8)
     if weight.zeros is not None and weight.scales is not None and weight.zeros.stride() != weight.scales.stride():
         weight = weight.with_tensors(weight.codes, weight.scales.contiguous(), weight.zeros.contiguous())
-    _call(_kernel(key, weight.N, weight.K, weight.group_size), y, x, weight, counts.contiguous())
+    facts = _facts(y, x, weight, int8)
+    call = _BOUND.get(facts)
+    if call is None:
+        if len(_BOUND) >= _MAX_BOUND:
+            _BOUND.clear()
+        call = _BOUND[facts] = _Call(_kernel(y, x, weight, int8), weight)
+    call(y, x, weight, counts.contiguous())
+
+
+def _isa_used() -> Any:
+    isa, why = _isa()
+    assert isa is not None, why
+    return isa
+
+
+def _facts(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> tuple[object, ...]:
+    """Everything that decides what a call does, but for the number of rows, of threads, and where things are."""
+    codes, scales = weight.codes, weight.scales
+    return (
+        os.environ.get(ISA_VARIABLE), weight.format.name, weight.group_size, weight.scale_layout, weight.weight_layout,
+        weight.scale_dtype, codes.shape, codes.stride(), scales is None or (scales.shape, scales.stride()), x.dtype,
+        y.dtype, int8,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
     """What a call needs to know of its kernels: addresses of functions, sizes."""
 
-    kind: Any
-    functions: tuple[int, int, int]  # plan, pack, gemm
+    kind: Kind
+    run: int
+    pack: int  # 0: x is read as it is
+    gemm: int
     groups: int
     group_words: int
     block_groups: int
+    chunk_groups: int
     x_bytes: int  # of a packed row
-    scratch: int  # bytes of a thread
+    scratch: int  # of a thread
 
 
-@functools.lru_cache(maxsize=4096)
-def _kernel(key: tuple[Any, ...], n: int, k: int, group_size: int | None) -> _Kernel:
-    from ..kernels_cpu import build
-    from ..kernels_cpu.spec import PANEL, Kind
-
-    isa, name, x, y, scale_layout, scale_dtype, source, int8 = key
-    fmt = FORMATS[name]
-    prepared = source == "panels"
+def _kind(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> Kind:
+    isa, fmt, prepared = _isa_used(), weight.format, weight.weight_layout != "public"
     access = {"group": "strided", "channel": "strided", "block128": "block128", "tensor": "tensor", "none": ""}
-    kind = Kind(
-        isa=isa, format=name, bits=fmt.bits, asym=fmt.asym, x=x, y=y, dot=_dot(isa, name, x, int8), int8=int8,
-        scale=_NAMES[scale_dtype] if fmt.quantized else "",
-        scale_access="vector" if prepared else access[scale_layout], source=source,
-        panels=isa.panels if n >= isa.panels * PANEL else 1,
+    name = _NAMES[x.dtype]
+    return Kind(
+        isa=isa, format=fmt.name, bits=fmt.bits, asym=fmt.asym, x=name, y=_NAMES[y.dtype],
+        dot=_dot(isa, fmt.name, name, int8), int8=int8,
+        scale=_NAMES[weight.scale_dtype] if weight.scale_dtype is not None else "",
+        scale_access="vector" if prepared else access[weight.scale_layout],
+        source="panels" if prepared else weight.code_order,
+        panels=isa.panels if isa.panels * PANEL <= weight.N else 1,
     )  # fmt: skip
-    one = scale_layout in ("channel", "tensor", "none") or group_size == k
-    group = min(WIDEST_GROUP, k) if one else 128 if scale_layout == "block128" else group_size
+
+
+def _kernel(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> _Kernel:
+    from ..kernels_cpu import build
+
+    kind, k, size = _kind(y, x, weight, int8), weight.K, weight.group_size
+    one = weight.scale_layout in ("channel", "tensor", "none") or size == k
+    group = min(WIDEST_GROUP, k) if one else 128 if weight.scale_layout == "block128" else size
     assert group is not None
     groups, group_words, words = -(-k // group), group // kind.per_word, k // kind.per_word
     block = min(groups, max(1, UNPACKED_BYTES // (group_words * kind.operands * kind.panels * PANEL * 4)))
-    functions = tuple(build.function(part, kind) if part else 0 for part in
-                      ("plan", "pack" if kind.packs_x else "", "gemm"))  # fmt: skip
-    x_bytes = words * kind.operands * 4 * kind.terms
-    scratch = kind.scratch_bytes(words, groups, block * group_words)
-    return _Kernel(kind, functions, groups, group_words, block, x_bytes, scratch)  # type: ignore[arg-type]
-
-
-def _call(kernel: _Kernel, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
-    from ..kernels_cpu import team
-    from ..kernels_cpu.spec import ITEM_ROWS, Arg
-
-    kind, s, threads = kernel.kind, x.shape[0], torch.get_num_threads()
-    take = arena(x.device).take
-    items = take((min(weight.E, s) + s // ITEM_ROWS, 3), torch.int64)
-    scratch = take((threads, kernel.scratch), torch.uint8)
-    record = (ctypes.c_int64 * len(Arg))()
-    if kernel.functions[1]:
-        packed = take((s, kernel.x_bytes), torch.uint8)
-        record[Arg.X], record[Arg.X_STEP] = packed.data_ptr(), kernel.x_bytes
-        record[Arg.X_TERM] = kernel.x_bytes // kind.terms
-        if kind.sums:
-            sums = take((s, kernel.groups, 2), torch.float32)
-            record[Arg.SUMS], record[Arg.SUMS_STEP] = sums.data_ptr(), 8 * kernel.groups
-    else:
-        record[Arg.X], record[Arg.X_STEP] = x.data_ptr(), x.stride(0) * x.element_size()
-    record[Arg.X_IN], record[Arg.X_IN_STEP] = x.data_ptr(), x.stride(0) * x.element_size()
-    _describe_weight(record, kernel, weight)
-    record[Arg.Y], record[Arg.Y_STEP] = y.data_ptr(), y.stride(0) * y.element_size()
-    record[Arg.COUNTS], record[Arg.COUNTS_WIDE] = counts.data_ptr(), int(counts.dtype == torch.int64)
-    record[Arg.E], record[Arg.S] = weight.E, s
-    record[Arg.ITEMS], record[Arg.SCRATCH], record[Arg.SCRATCH_STEP] = (
-        items.data_ptr(),
-        scratch.data_ptr(),
-        kernel.scratch,
+    chunk = min(groups, max(1, CHUNK_WORDS // group_words))
+    return _Kernel(
+        kind=kind,
+        run=build.function("run", kind),
+        pack=build.function("pack", kind) if kind.packs_x else 0,
+        gemm=build.function("gemm", kind),
+        groups=groups,
+        group_words=group_words,
+        block_groups=block,
+        chunk_groups=chunk,
+        x_bytes=words * kind.operands * 4 * kind.terms,
+        scratch=kind.scratch_bytes(min(words, max(block, chunk) * group_words), groups, block * group_words),
     )
-    address = ctypes.addressof(record)
-    plan, pack, gemm = kernel.functions
-    team.run(plan, address, 1)
-    if pack:
-        team.run(pack, address, threads)
-        record[Arg.NEXT] = 0
-    team.run(gemm, address, threads)
-    if record[Arg.END] < s:
-        y[record[Arg.END] :].zero_()
 
 
-def _describe_weight(record: Any, kernel: _Kernel, weight: QuantWeight) -> None:
-    from ..kernels_cpu.spec import Arg
+class _Call:
+    """The kernels on weights of one kind: a record of all but what each call brings, made once."""
 
-    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
-    size = codes.element_size()
-    record[Arg.CODES], record[Arg.CODES_E] = codes.data_ptr(), codes.stride(0) * size
-    along = 2 if kernel.kind.source == "columns" else 1
-    record[Arg.CODES_STEP] = codes.stride(along) * size
-    record[Arg.N], record[Arg.K], record[Arg.WORDS] = weight.N, weight.K, weight.K // kernel.kind.per_word
-    record[Arg.GROUPS], record[Arg.GROUP_WORDS] = kernel.groups, kernel.group_words
-    record[Arg.BLOCK_GROUPS] = kernel.block_groups
-    if scales is None:
-        return
-    size = scales.element_size()
-    record[Arg.SCALES], record[Arg.SCALES_E] = scales.data_ptr(), scales.stride(0) * size
-    if scales.ndim == 3:
-        n, g = (2, 1) if weight.weight_layout == LAYOUT else (1, 2)
-        record[Arg.SCALES_N] = scales.stride(n) * size
-        record[Arg.SCALES_G] = scales.stride(g) * size if scales.shape[g] > 1 else 0
-    if zeros is not None:
-        record[Arg.ZEROS] = zeros.data_ptr()
+    def __init__(self, kernel: _Kernel, weight: QuantWeight) -> None:
+        from ..kernels_cpu import team
+
+        self._kernel, self._start = kernel, team.run
+        self._record = (ctypes.c_int64 * len(Arg))()
+        self._row_bytes = -(-(kernel.x_bytes + 8 * kernel.groups) // _LINE) * _LINE if kernel.pack else 0
+        record = self._record
+        record[Arg.PACK], record[Arg.GEMM] = kernel.pack, kernel.gemm
+        record[Arg.E], record[Arg.N], record[Arg.K] = weight.E, weight.N, weight.K
+        record[Arg.WORDS] = weight.K // kernel.kind.per_word
+        record[Arg.GROUPS], record[Arg.GROUP_WORDS] = kernel.groups, kernel.group_words
+        record[Arg.BLOCK_GROUPS], record[Arg.CHUNK_GROUPS] = kernel.block_groups, kernel.chunk_groups
+        record[Arg.SCRATCH_STEP] = kernel.scratch
+        record[Arg.X_TERM] = kernel.x_bytes // kernel.kind.terms
+        self._describe(weight)
+
+    def _describe(self, weight: QuantWeight) -> None:
+        record, codes, scales = self._record, weight.codes, weight.scales
+        size = codes.element_size()
+        record[Arg.CODES_E] = codes.stride(0) * size
+        record[Arg.CODES_STEP] = codes.stride(2 if self._kernel.kind.source == "columns" else 1) * size
+        if scales is None:
+            return
+        size = scales.element_size()
+        record[Arg.SCALES_E] = scales.stride(0) * size
+        if scales.ndim == 3:
+            n, g = (2, 1) if weight.weight_layout == LAYOUT else (1, 2)
+            record[Arg.SCALES_N] = scales.stride(n) * size
+            record[Arg.SCALES_G] = scales.stride(g) * size if scales.shape[g] > 1 else 0
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+        s, threads, record = x.shape[0], torch.get_num_threads(), type(self._record).from_buffer_copy(self._record)
+        record[_S], record[_CODES], record[_COUNTS] = s, weight.codes.data_ptr(), counts.data_ptr()
+        record[_COUNTS_WIDE] = counts.dtype == torch.int64
+        record[_X_IN], record[_X_IN_STEP] = x.data_ptr(), x.stride(0) * x.element_size()
+        record[_Y], record[_Y_STEP] = y.data_ptr(), y.stride(0) * y.element_size()
+        if weight.scales is not None:
+            record[_SCALES] = weight.scales.data_ptr()
+        if weight.zeros is not None:
+            record[_ZEROS] = weight.zeros.data_ptr()
+        scratch = self._place(record, s, threads)
+        self._start(self._kernel.run, ctypes.addressof(record), threads)
+        del scratch
+        if record[_END] < s:
+            y[record[_END] :].zero_()
+
+    def _place(self, record: Any, s: int, threads: int) -> torch.Tensor:
+        """Give a call its scratch memory: of the threads, of the packed rows, of the items."""
+        kernel, e = self._kernel, record[_E]
+        threads_bytes, rows_bytes = threads * kernel.scratch, s * self._row_bytes
+        items = min(e, s) + s // ITEM_ROWS
+        scratch = arena(_CPU).take((threads_bytes + rows_bytes + 24 * items,), torch.uint8)
+        at = scratch.data_ptr()
+        record[_SCRATCH] = at
+        if self._row_bytes:
+            record[_X], record[_SUMS] = at + threads_bytes, at + threads_bytes + kernel.x_bytes
+            record[_X_STEP] = record[_SUMS_STEP] = self._row_bytes
+        else:
+            record[_X], record[_X_STEP] = record[_X_IN], record[_X_IN_STEP]
+        record[_ITEMS] = at + threads_bytes + rows_bytes
+        return scratch
+
+
+_BOUND: dict[tuple[object, ...], _Call] = {}
+_MAX_BOUND = 4096
 
 
 class PackedGemm:

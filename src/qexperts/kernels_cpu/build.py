@@ -52,7 +52,7 @@ def _sources() -> bytes:
 
 
 def function(part: str, kind: Kind) -> int:
-    """The address of `void part(void *record)`: "plan", "pack" or "gemm" of a kind."""
+    """The address of `void part(void *record)`: "run", "pack" or "gemm" of a kind."""
     return _function(part, kind.deciding(part))
 
 
@@ -70,7 +70,7 @@ def _function(part: str, kind: Kind) -> int:
 
 
 def _describe(part: str, kind: Kind) -> str:
-    if part == "plan":
+    if part == "run":
         return kind.isa.name
     text = f"{kind.format}, {kind.x} activations"
     text += " as int8" if kind.int8 else ""
@@ -137,7 +137,7 @@ def _compile(part: str, kind: Kind) -> bytes:
 
     from . import drivers
 
-    write = {"plan": drivers.write_plan, "pack": drivers.write_pack, "gemm": drivers.write_gemm}[part]
+    write = {"run": drivers.write_run, "pack": drivers.write_pack, "gemm": drivers.write_gemm}[part]
     signature = types.void(types.int64)
     with _unoptimized():
         driver = drivers.compiled(write(kind))

@@ -1,6 +1,8 @@
 """Drivers: what each thread of a call does, in plain Python that Numba compiles.
 
-    plan    one thread: cut the rows of each expert into items (expert, first row, rows), many rows first
+    run     every thread of the one team of a call: what follows, and between them waits for the work that others took,
+            never for a thread that has not come
+    plan    the first thread: cut the rows of each expert into items (expert, first row, rows), many rows first
     pack    all threads: activations into the order of the operands, and the sums of their groups
     gemm    all threads: each takes the next unit, an item times a block of columns, until none is left
 
@@ -17,11 +19,12 @@ from numba import njit
 
 from .micro import X_SIZES, MicroKernels
 from .spec import ITEM_ROWS, PANEL, Arg, Kind
-from .vectors import I32, I64, Emitter, device_function, fetch_add
+from .vectors import I32, I64, Emitter, call_function, device_function, fetch_add, wait_for
 
-__all__ = ["compiled", "write_gemm", "write_pack", "write_plan"]
+__all__ = ["compiled", "write_gemm", "write_pack", "write_run"]
 
 PACK_ROWS = 4  # that a thread packs at once
+GATHER_AHEAD = 32  # words of a row, at least, that are fetched before they are gathered: 128 bytes
 LEVELS = 8  # items of 120 rows and more come first, then 60, 30, ...
 
 
@@ -45,7 +48,7 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy", "nogil": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
 }  # fmt: skip
 compiled: Any = njit(**_OPTIONS)
-_NEXT, _JOINED = 8 * int(Arg.NEXT), 8 * int(Arg.JOINED)
+_NEXT, _JOINED = int(Arg.NEXT), int(Arg.JOINED)
 _X_IN, _X_IN_STEP, _X, _X_STEP = int(Arg.X_IN), int(Arg.X_IN_STEP), int(Arg.X), int(Arg.X_STEP)
 _SUMS, _SUMS_STEP = int(Arg.SUMS), int(Arg.SUMS_STEP)
 _CODES, _CODES_E, _CODES_STEP = int(Arg.CODES), int(Arg.CODES_E), int(Arg.CODES_STEP)
@@ -54,7 +57,9 @@ _Y, _Y_STEP, _N, _WORDS, _GROUPS = int(Arg.Y), int(Arg.Y_STEP), int(Arg.N), int(
 _ITEMS, _ITEM_COUNT, _END = int(Arg.ITEMS), int(Arg.ITEM_COUNT), int(Arg.END)
 _COUNTS, _COUNTS_WIDE, _E, _S = int(Arg.COUNTS), int(Arg.COUNTS_WIDE), int(Arg.E), int(Arg.S)
 _SCRATCH, _SCRATCH_STEP = int(Arg.SCRATCH), int(Arg.SCRATCH_STEP)
-_BLOCK_GROUPS = int(Arg.BLOCK_GROUPS)
+_BLOCK_GROUPS, _CHUNK_GROUPS, _GROUP_WORDS = int(Arg.BLOCK_GROUPS), int(Arg.CHUNK_GROUPS), int(Arg.GROUP_WORDS)
+_PACK, _GEMM, _CAME, _PLANNED = int(Arg.PACK), int(Arg.GEMM), 8 * int(Arg.CAME), 8 * int(Arg.PLANNED)
+_PACK_NEXT, _PACKED = 8 * int(Arg.PACK_NEXT), 8 * int(Arg.PACKED)
 
 
 @compiled
@@ -69,15 +74,21 @@ def put(a, i, value):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _count(a, expert, row):  # type: ignore[no-untyped-def]
+    """Rows of an expert whose first is `row`."""
+    if get(a, _COUNTS_WIDE):
+        count = get(get(a, _COUNTS), expert)
+    else:
+        count = load32(get(a, _COUNTS) + 4 * expert)
+    return max(0, min(count, get(a, _S) - row))
+
+
+@compiled
 def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
     """Append the items of least to most rows; returns how many there are now."""
     row = 0
     for expert in range(get(a, _E)):
-        if get(a, _COUNTS_WIDE):
-            count = get(get(a, _COUNTS), expert)
-        else:
-            count = load32(get(a, _COUNTS) + 4 * expert)
-        left = max(0, min(count, get(a, _S) - row))
+        left = _count(a, expert, row)
         while left > 0:
             rows = min(left, ITEM_ROWS)
             if least <= rows <= most:
@@ -88,22 +99,40 @@ def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
                 made += 1
             row += rows
             left -= rows
-    put(a, _END, row)
     return made
 
 
+@compiled
 def _plan(a):  # type: ignore[no-untyped-def]
+    row, hottest = 0, 0
+    for expert in range(get(a, _E)):
+        count = _count(a, expert, row)
+        hottest = max(hottest, count)
+        row += count
+    put(a, _END, row)
     most, made = ITEM_ROWS, 0
     for level in range(LEVELS):
         least = (most + 1) // 2 if level < LEVELS - 1 else 1
-        made = _plan_level(a, most, least, made)
+        if least <= hottest:
+            made = _plan_level(a, most, least, made)
         most = least - 1
     put(a, _ITEM_COUNT, made)
 
 
-def write_plan(kind: Kind) -> Callable[[int], None]:
+def write_run(kind: Kind) -> Callable[[int], None]:
     """The same for every kind."""
-    return _plan
+
+    def run(a):  # type: ignore[no-untyped-def]
+        if fetch_add(a + _CAME, 1) == 0:
+            _plan(a)
+            fetch_add(a + _PLANNED, 1)
+        if get(a, _PACK):
+            call_function(get(a, _PACK), a)
+            wait_for(a + _PACKED, get(a, _S))
+        wait_for(a + _PLANNED, 1)
+        call_function(get(a, _GEMM), a)
+
+    return run
 
 
 def write_pack(kind: Kind) -> Callable[[int], None]:
@@ -112,12 +141,14 @@ def write_pack(kind: Kind) -> Callable[[int], None]:
     def pack(a):  # type: ignore[no-untyped-def]
         rows = get(a, _S)
         while True:
-            first = fetch_add(a + _NEXT, PACK_ROWS)
+            first = fetch_add(a + _PACK_NEXT, PACK_ROWS)
             if first >= rows:
                 break
-            for r in range(first, min(first + PACK_ROWS, rows)):
+            end = min(first + PACK_ROWS, rows)
+            for r in range(first, end):
                 x = get(a, _X_IN) + r * get(a, _X_IN_STEP)
                 pack_row(a, x, get(a, _X) + r * get(a, _X_STEP), get(a, _SUMS) + r * get(a, _SUMS_STEP))
+            fetch_add(a + _PACKED, end - first)
 
     return pack
 
@@ -133,61 +164,76 @@ def _wrap_pack_row(micro: MicroKernels) -> Callable[..., None]:
 
 def write_gemm(kind: Kind) -> Callable[[int], None]:
     micro = MicroKernels(kind)
-    multiply_item = _multiply_item(kind, micro)
-    gather, scales_of, clear = (device_function(f) for f in (micro.gather, micro.scales, micro.clear))
-    finish_block = compiled(_wrap_finish(micro))
-    gathers, scaled, asym = kind.source != "panels", bool(kind.scale), kind.asym
-    columns = kind.source == "columns"
-    width, panels, parts, bits = kind.panels * PANEL, kind.panels, kind.parts, kind.bits
-    y_size = X_SIZES[kind.y]
+    multiply_item, codes_of = _multiply_item(kind, micro), _codes_of(kind)
+    load_scales, prefetch_scales = _scales_of(kind, micro)
+    clear, finish_block = device_function(micro.clear), compiled(_wrap_finish(micro))
+    scale_bytes = kind.parts * kind.panels * 64 if kind.scale else 0
+    width, y_size, scaled = kind.panels * PANEL, X_SIZES[kind.y], bool(kind.scale)
 
     @compiled
-    def gather_block(a, codes, out):  # type: ignore[no-untyped-def]
-        gather(a, codes, out)
+    def column_of(a, u, blocks):  # type: ignore[no-untyped-def]
+        """The last block may overlap the one before it."""
+        return min((u - u // blocks * blocks) * width, get(a, _N) - width)
 
     @compiled
-    def load_scales(a, expert, n, out):  # type: ignore[no-untyped-def]
-        scales = get(a, _SCALES) + expert * get(a, _SCALES_E)
-        zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
-        scales_of(a, scales, zeros, n, out)
-
-    @compiled
-    def unit(a, scratch, item, n):  # type: ignore[no-untyped-def]
+    def unit(a, scratch, u, next_u, blocks):  # type: ignore[no-untyped-def]
+        item, next_item = get(a, _ITEMS) + u // blocks * 24, get(a, _ITEMS) + next_u // blocks * 24
+        n, next_n = column_of(a, u, blocks), column_of(a, next_u, blocks)
         expert, row, rows = get(item, 0), get(item, 1), get(item, 2)
-        codes = get(a, _CODES) + expert * get(a, _CODES_E)
-        words, scales = get(a, _WORDS), scratch
-        if gathers:
-            if columns:
-                codes += n * bits // 8
-            else:
-                codes += n * get(a, _CODES_STEP)
-            gather_block(a, codes, scratch)
-            codes = scratch
-            scales += panels * words * 64
-        else:
-            codes += n // PANEL * words * 64
-        total = scales
+        total = scratch + get(a, _GROUPS) * scale_bytes
         if scaled:
-            load_scales(a, expert, n, scales)
-            total += get(a, _GROUPS) * parts * panels * 64
+            load_scales(a, expert, n, scratch)
+            prefetch_scales(a, get(next_item, 0), next_n)
         clear(a, rows, total)
-        multiply_item(a, codes, row, rows, scales, total)
+        codes, ahead = codes_of(a, expert, n), codes_of(a, get(next_item, 0), next_n)
+        multiply_item(a, codes, ahead, row, rows, scratch, total)
         finish_block(a, rows, total, get(a, _Y) + row * get(a, _Y_STEP) + n * y_size)
 
     def gemm(a):  # type: ignore[no-untyped-def]
-        thread = fetch_add(a + _JOINED, 1)
+        thread = fetch_add(a + 8 * _JOINED, 1)
         scratch = get(a, _SCRATCH) + thread * get(a, _SCRATCH_STEP)
         blocks = (get(a, _N) + width - 1) // width
         units = get(a, _ITEM_COUNT) * blocks
         while True:
-            u = fetch_add(a + _NEXT, 1)
+            u = fetch_add(a + 8 * _NEXT, 1)
             if u >= units:
                 break
-            item = u // blocks
-            n = min((u - item * blocks) * width, get(a, _N) - width)  # the last block may overlap the one before it
-            unit(a, scratch, get(a, _ITEMS) + 24 * item, n)
+            # each other thread will have taken one by then, most likely
+            next_u = min(units, get(a, _NEXT) + get(a, _JOINED)) - 1
+            unit(a, scratch, u, next_u, blocks)
 
     return gemm
+
+
+def _codes_of(kind: Kind) -> Any:
+    columns, panels, bits = kind.source == "columns", kind.source == "panels", kind.bits
+
+    @compiled
+    def codes_of(a, expert, n):  # type: ignore[no-untyped-def]
+        codes = get(a, _CODES) + expert * get(a, _CODES_E)
+        if panels:
+            return codes + n // PANEL * get(a, _WORDS) * 64
+        return codes + (n * bits // 8 if columns else n * get(a, _CODES_STEP))
+
+    return codes_of
+
+
+def _scales_of(kind: Kind, micro: MicroKernels) -> tuple[Any, Any]:
+    load, prefetch, asym = device_function(micro.scales), device_function(micro.prefetch_scales), kind.asym
+    fetched = kind.scale_access in ("vector", "strided")
+
+    @compiled
+    def load_scales(a, expert, n, out):  # type: ignore[no-untyped-def]
+        zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
+        load(a, get(a, _SCALES) + expert * get(a, _SCALES_E), zeros, n, out)
+
+    @compiled
+    def prefetch_scales(a, expert, n):  # type: ignore[no-untyped-def]
+        if fetched:
+            zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
+            prefetch(a, get(a, _SCALES) + expert * get(a, _SCALES_E), zeros, n)
+
+    return load_scales, prefetch_scales
 
 
 def _wrap_finish(micro: MicroKernels) -> Callable[..., None]:
@@ -201,42 +247,71 @@ def _wrap_finish(micro: MicroKernels) -> Callable[..., None]:
 
 def _multiply_item(kind: Kind, micro: MicroKernels) -> Any:
     """total += x @ w.T for the rows of an item and a block of panels."""
-    packed, unpacked = device_function(micro.multiply_packed), device_function(micro.multiply_unpacked)
-    unpack = device_function(micro.unpack)
-    direct, most, total_bytes = micro.direct_rows, kind.isa.rows, ITEM_ROWS * kind.panels * 64
-    row_bytes = kind.panels * 64
+    multiply_packed, gather, multiply_block = _parts(kind, micro)
+    direct, gathers, columns = micro.direct_rows, kind.source != "panels", kind.source == "columns"
+    line, per_word, kind_operands = kind.panels * 64, kind.per_word, kind.operands
 
     @compiled
-    def multiply_packed(a, rows, w, x, sums, scales, total):  # type: ignore[no-untyped-def]
-        packed(a, rows, w, x, sums, scales, total)
-
-    @compiled
-    def multiply_unpacked(a, rows, w, x, sums, scales, total, first_group, groups):  # type: ignore[no-untyped-def]
-        unpacked(a, rows, w, x, sums, scales, total, first_group, groups)
-
-    @compiled
-    def unpack_groups(a, w, scales, out, first_group, groups):  # type: ignore[no-untyped-def]
-        unpack(a, w, scales, out, first_group, groups)
-
-    @compiled
-    def multiply_item(a, w, row, rows, scales, total):  # type: ignore[no-untyped-def]
-        x = get(a, _X) + row * get(a, _X_STEP)
-        sums = get(a, _SUMS) + row * get(a, _SUMS_STEP)
+    def multiply_item(a, codes, ahead, row, rows, scales, total):  # type: ignore[no-untyped-def]
+        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _BLOCK_GROUPS)
+        operands = total + ITEM_ROWS * line
+        gathered = operands + step * size * kind_operands * line
         if rows <= direct:
-            multiply_packed(a, rows, w, x, sums, scales, total)
-            return
-        operands, groups, step = total + total_bytes, get(a, _GROUPS), get(a, _BLOCK_GROUPS)
-        for first_group in range(0, groups, step):
-            count = min(step, groups - first_group)
-            unpack_groups(a, w, scales, operands, first_group, count)
-            r, tiles = 0, (rows + most - 1) // most
-            while r < rows:
-                m = (rows - r + tiles - 1) // tiles  # 7 rows are 4 and 3, not 6 and 1
-                multiply_unpacked(
-                    a, m, operands, x + r * get(a, _X_STEP), sums + r * get(a, _SUMS_STEP), scales,
-                    total + r * row_bytes, first_group, count,
-                )  # fmt: skip
-                r += m
-                tiles -= 1
+            step = get(a, _CHUNK_GROUPS) if gathers else groups
+        word_step = per_word * get(a, _CODES_STEP) if columns else 4
+        w, panel, following = codes, words * 64, ahead
+        for first in range(0, groups, step):
+            count = min(step, groups - first)
+            if gathers:
+                start = first * size
+                some = min(count * size, words - start)
+                w, panel = gathered - start * 64, some * 64
+                later = start + max(some, GATHER_AHEAD)
+                following = codes + later * word_step if later < words else ahead + (later - words) * word_step
+                gather(a, codes + start * word_step, some, gathered)
+            if rows <= direct:
+                multiply_packed(a, rows, w, panel, following, row, scales, first, count)
+            else:
+                multiply_block(a, rows, w, panel, row, scales, total, operands, first, count)
 
     return multiply_item
+
+
+def _parts(kind: Kind, micro: MicroKernels) -> tuple[Any, Any, Any]:
+    """What an item is multiplied with: a few rows, directly; the order of panels; many rows, unpacked first."""
+    packed, unpacked = device_function(micro.multiply_packed), device_function(micro.multiply_unpacked)
+    unpack, gathered = device_function(micro.unpack), device_function(micro.gather)
+    most, row_bytes = kind.isa.rows, kind.panels * 64
+
+    @compiled
+    def multiply_packed(a, rows, w, panel, ahead, row, scales, first, groups):  # type: ignore[no-untyped-def]
+        packed(a, rows, w, panel, ahead, row, scales, first, groups)
+
+    @compiled
+    def gather(a, codes, words, out):  # type: ignore[no-untyped-def]
+        gathered(a, codes, words, out)
+
+    @compiled
+    def unpack_groups(a, w, panel, scales, out, first, groups):  # type: ignore[no-untyped-def]
+        unpack(a, w, panel, scales, out, first, groups)
+
+    @compiled
+    def multiply_unpacked(a, rows, w, x, sums, scales, total, first, groups):  # type: ignore[no-untyped-def]
+        unpacked(a, rows, w, x, sums, scales, total, first, groups)
+
+    @compiled
+    def multiply_block(a, rows, w, panel, row, scales, total, operands, first, count):  # type: ignore[no-untyped-def]
+        unpack_groups(a, w, panel, scales, operands, first, count)
+        x = get(a, _X) + row * get(a, _X_STEP)
+        sums = get(a, _SUMS) + row * get(a, _SUMS_STEP)
+        r, tiles = 0, (rows + most - 1) // most
+        while r < rows:
+            m = (rows - r + tiles - 1) // tiles  # 7 rows are 4 and 3, not 6 and 1
+            multiply_unpacked(
+                a, m, operands, x + r * get(a, _X_STEP), sums + r * get(a, _SUMS_STEP), scales,
+                total + r * row_bytes, first, count,
+            )  # fmt: skip
+            r += m
+            tiles -= 1
+
+    return multiply_packed, gather, multiply_block

@@ -7,11 +7,10 @@ import platform
 
 from llvmlite import binding
 
-from .spec import Isa
+from .spec import ISA_VARIABLE, Isa
 
-__all__ = ["VARIABLE", "choose", "executable"]
+__all__ = ["choose", "executable"]
 
-VARIABLE = "QEXPERTS_CPU_ISA"
 ORDER = ("avx512_bf16", "avx512", "avx2", "plain")
 # What each needs of the processor, in LLVM's names. VBMI looks 8-bit codes up; F16C converts fp16.
 _V3 = ("avx2", "fma", "f16c", "bmi2")
@@ -60,10 +59,10 @@ def choose(forced: str) -> tuple[Isa | None, str]:
     """
     if forced:
         if forced not in ORDER:
-            return None, f"{VARIABLE}={forced}; expected one of {', '.join(ORDER)}"
+            return None, f"{ISA_VARIABLE}={forced}; expected one of {', '.join(ORDER)}"
         if missing := _missing(forced):
-            return None, f"{VARIABLE}={forced} needs {', '.join(missing)}, which this CPU lacks; it runs {_runs()}"
-        return _isa(forced), f"{VARIABLE} says so"
+            return None, f"{ISA_VARIABLE}={forced} needs {', '.join(missing)}, which this CPU lacks; it runs {_runs()}"
+        return _isa(forced), f"{ISA_VARIABLE} says so"
     best = executable()[0]
     if best == ORDER[0]:
         return _isa(best), "the best there is"

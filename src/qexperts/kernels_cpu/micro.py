@@ -18,9 +18,12 @@ from .vectors import F32, I8, I16, I32, Emitter, bf16_bits, vector
 
 __all__ = ["MicroKernels"]
 
+Multiply = Callable[[Any, "_Products"], None]  # a group; its sums
+
 X_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STEP = 16  # k that activations are packed in at once
 ROUND = 1.5 * 2**23  # added and subtracted again: rounds to an integer
+AHEAD = 64  # words of a panel that are fetched before they are read: 4 KiB
 
 
 def _fp8_value(name: str, code: int) -> float:
@@ -65,9 +68,11 @@ class MicroKernels:
             return [word]
         if k.bits < 8:
             # one more operation than 128 + code (a code in the mantissa of 128) needs, but no sum of x
-            table = [bf16_bits(float(_integer(i, k.bits, k.asym))) for i in range(32)]
-            shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
-            return [e.lookup_16(table, shifted) for shifted in shifts]
+            tables = [
+                [bf16_bits(float(_integer(i >> low, k.bits, k.asym))) for i in range(32)] for low in range(0, 4, k.bits)
+            ]  # a table sees 5 bits, two codes of 2
+            shifts = [e.bits(word, "lshr", i) if i else word for i in range(0, 16, 4)]
+            return [e.lookup_16(table, shifted) for shifted in shifts for table in tables]
         low, high = self._bytes_of_bf16(e, word)
         b = e.builder
         even = b.or_(e.bits(low, "and_", 0x00FF00FF), self._shift_16(e, high, "shl"))
@@ -123,10 +128,10 @@ class MicroKernels:
         shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
         return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
 
-    def gather(self, e: Emitter, a: Any, codes: Any, out: Any) -> None:
-        """A block of a weight in the public order -> panels [panels, K / per_word, 16]."""
+    def gather(self, e: Emitter, a: Any, codes: Any, words: Any, out: Any) -> None:
+        """Some words of a block of a weight in the public order -> panels [panels, words, 16]."""
         e.never_inline()
-        step, words = e.field(a, Arg.CODES_STEP), e.field(a, Arg.WORDS)
+        step = e.field(a, Arg.CODES_STEP)
         for p in range(self.k.panels):
             target = e.add(out, e.mul(words, 64 * p))
             if self.k.source == "columns":
@@ -166,12 +171,16 @@ class MicroKernels:
                     for t, column in enumerate(transposed(e, rows)):
                         e.store(column, out, e.add(e.mul(start, 64), 64 * t + 4 * first))
 
-    def unpack(self, e: Emitter, a: Any, w: Any, scales: Any, out: Any, first_group: Any, groups: Any) -> None:
-        """Panels -> operands [words, operands, panels, 16] of some groups."""
+    def unpack(
+        self, e: Emitter, a: Any, w: Any, panel: Any, scales: Any, out: Any, first_group: Any, groups: Any
+    ) -> None:
+        """Panels -> operands [words, operands, panels, 16] of some groups.
+
+        w: where word 0 is or would be; panel: bytes from one panel to the next.
+        """
         e.never_inline()
-        k = self.k
-        words, size = e.field(a, Arg.WORDS), k.operands * self.registers * self.bytes
-        panel, first = e.mul(words, 64), e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
+        size = self.k.operands * self.registers * self.bytes
+        first = e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
         with e.loop(groups) as i:
             g = e.add(first_group, i)
             start, count = self._words_of(e, a, g)
@@ -193,10 +202,9 @@ class MicroKernels:
 
     def _words_of(self, e: Emitter, a: Any, g: Any) -> tuple[Any, Any]:
         """The first word of a group and how many it has: fewer at the end of K."""
-        b, words, size = e.builder, e.field(a, Arg.WORDS), e.field(a, Arg.GROUP_WORDS)
+        words, size = e.field(a, Arg.WORDS), e.field(a, Arg.GROUP_WORDS)
         start = e.mul(g, size)
-        left = b.sub(words, start)
-        return start, b.select(b.icmp_signed("<", size, left), size, left)
+        return start, e.least(size, e.builder.sub(words, start))
 
     def _word_place(self, e: Emitter, panel: Any, t: Any, j: int) -> Any:
         per_panel = PANEL // self.k.isa.lanes
@@ -208,18 +216,69 @@ class MicroKernels:
         scales, zeros: of the expert.
         """
         e.never_inline()
-        k, b = self.k, e.builder
-        step = e.field(a, Arg.SCALES_G)
+        k, lanes = self.k, self.k.isa.lanes
+        if k.scale_access != "strided":
+            self._scales_by_group(e, a, scales, zeros, n, out)
+            return
+        b, size = e.builder, X_SIZES[k.scale]
+        near = b.icmp_signed("==", e.field(a, Arg.SCALES_G), e.number(size))
+        many = b.icmp_signed(">=", e.field(a, Arg.GROUPS), e.number(lanes))
+        with b.if_else(b.and_(near, many)) as (in_squares, one_by_one):
+            with in_squares:
+                self._scales_in_squares(e, a, scales, zeros, n, out)
+            with one_by_one:
+                self._scales_by_group(e, a, scales, zeros, n, out)
+
+    def _scales_by_group(self, e: Emitter, a: Any, scales: Any, zeros: Any, n: Any, out: Any) -> None:
+        k, step = self.k, e.field(a, Arg.SCALES_G)
         with e.loop(e.field(a, Arg.GROUPS)) as g:
             for p in range(k.panels):
                 place = e.add(self._scale_place(e, a, e.add(n, PANEL * p)), e.mul(g, step))
                 target = e.add(e.mul(g, k.parts * k.panels * 64), 64 * p)
                 e.store(self._read_scales(e, a, scales, place), out, target)
                 if k.parts > 1:
-                    shift = e.constant(vector(F32, PANEL), float(-k.offset))
-                    if k.asym:
-                        shift = b.fsub(shift, self._read_scales(e, a, zeros, place))
-                    e.store(shift, out, e.add(target, 64 * k.panels))
+                    zero = self._read_scales(e, a, zeros, place) if k.asym else None
+                    e.store(self._shift(e, zero, PANEL), out, e.add(target, 64 * k.panels))
+
+    def _scales_in_squares(self, e: Emitter, a: Any, scales: Any, zeros: Any, n: Any, out: Any) -> None:
+        """Groups are contiguous: squares are transposed; the last one overlaps the one before it."""
+        k, lanes, size = self.k, self.k.isa.lanes, X_SIZES[self.k.scale]
+        groups, step = e.field(a, Arg.GROUPS), e.field(a, Arg.SCALES_N)
+        last, line = e.add(groups, -lanes), k.parts * k.panels * 64
+        element = vector(F32 if k.scale == "fp32" else I16, lanes)
+        blocks, squares = e.number(k.panels * PANEL // lanes), e.builder.sdiv(e.add(groups, lanes - 1), e.number(lanes))
+        with e.loop(blocks) as j, e.loop(squares) as i:
+            start = e.least(e.mul(i, lanes), last)
+            place = e.add(e.mul(e.add(n, e.mul(j, lanes)), step), e.mul(start, size))
+            target = e.add(out, e.mul(start, line), e.mul(j, self.bytes))
+
+            def square(base: Any, place: Any = place) -> list[Any]:
+                rows = [e.load(base, element, e.add(place, e.mul(step, r))) for r in range(lanes)]
+                return transposed(e, [self._float(e, row, k.scale) for row in rows])
+
+            for t, column in enumerate(square(scales)):
+                e.store(column, target, t * line)
+            shifts = square(zeros) if k.asym else [None] * lanes
+            for t, column in enumerate(shifts if k.parts > 1 else []):
+                e.store(self._shift(e, column, lanes), target, t * line + 64 * k.panels)
+
+    def _shift(self, e: Emitter, zero: Any, lanes: int) -> Any:
+        """Zeros with their sign turned, as the dot product sees codes."""
+        shift = e.constant(vector(F32, lanes), float(-self.k.offset))
+        return shift if zero is None else e.builder.fsub(shift, zero)
+
+    def prefetch_scales(self, e: Emitter, a: Any, scales: Any, zeros: Any, n: Any) -> None:
+        """Have the scales (and zeros) of a block of columns fetched."""
+        e.never_inline()
+        k = self.k
+        count = e.field(a, Arg.GROUPS) if k.scale_access == "vector" else e.number(k.panels * PANEL)
+        step = e.field(a, Arg.SCALES_G if k.scale_access == "vector" else Arg.SCALES_N)
+        lines = range(0, k.panels * PANEL * X_SIZES[k.scale], 64) if k.scale_access == "vector" else [0]
+        with e.loop(count) as i:
+            place = e.add(e.mul(n, e.field(a, Arg.SCALES_N)), e.mul(i, step))
+            for line in lines:
+                for base in (scales, zeros) if k.asym else (scales,):
+                    e.prefetch(base, e.add(place, line))
 
     def _scale_place(self, e: Emitter, a: Any, n: Any) -> Any:
         if self.k.scale_access == "block128":
@@ -319,23 +378,49 @@ class MicroKernels:
     # ---- products
 
     def multiply_packed(
-        self, e: Emitter, a: Any, rows: Any, w: Any, x: Any, sums: Any, scales: Any, total: Any
-    ) -> None:
-        """At most `direct_rows` rows times a block of panels, all groups; every word is unpacked in registers."""
-        panel = e.mul(e.field(a, Arg.WORDS), 64)
+        self, e: Emitter, a: Any, rows: Any, w: Any, panel: Any, ahead: Any, row: Any, scales: Any, first_group: Any,
+        groups: Any,
+    ) -> None:  # fmt: skip
+        """At most `direct_rows` rows times some groups of a block of panels; every word is unpacked in registers.
 
-        def group(g: Any, products: _Products) -> None:
+        w, panel: as for `unpack`; ahead: what will be read next, in the order of the source; scales: the totals follow.
+        """
+        k = self.k
+        x = e.add(e.field(a, Arg.X), e.mul(row, e.field(a, Arg.X_STEP)))
+        sums = e.add(e.field(a, Arg.SUMS), e.mul(row, e.field(a, Arg.SUMS_STEP)))
+        total = e.add(scales, e.mul(e.field(a, Arg.GROUPS), k.parts * k.panels * 64)) if k.scale else scales
+        first = e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
+
+        def multiply(g: Any, products: _Products) -> None:
             start, count = self._words_of(e, a, g)
             zeros = self._zeros(e, scales, g)
             with e.loop(count) as t:
                 place = e.add(start, t)
                 words = [e.load(w, self.words, self._word_place(e, panel, place, j)) for j in range(self.registers)]
+                self._prefetch(e, a, w, panel, ahead, place, first)
                 found = [self.operand_vectors(e, *pair) for pair in zip(words, zeros, strict=True)]
                 for o in range(self.k.operands):
                     products.add([one[o] for one in found], e.mul(place, 4 * self.k.operands), 4 * o)
 
-        self._multiply(e, a, (rows, self.direct_rows), group, (x, sums, scales, total),
-                       (e.number(0), e.field(a, Arg.GROUPS)))  # fmt: skip
+        self._multiply(e, a, (rows, self.direct_rows), multiply, (x, sums, scales, total), (first_group, groups))
+
+    def _prefetch(self, e: Emitter, a: Any, w: Any, panel: Any, ahead: Any, place: Any, first: Any) -> None:
+        """Have as much fetched as a step of `multiply_packed` reads: what it will read AHEAD words later, at the end
+        of a panel what comes next; for rows, in each 16 steps another line of each row that comes next."""
+        k, b = self.k, e.builder
+        if k.source == "panels":
+            words, later = e.field(a, Arg.WORDS), e.add(place, AHEAD)
+            inside = b.icmp_signed("<", later, words)
+            base = b.select(inside, w, b.sub(ahead, e.mul(words, 64)))
+            for p in range(k.panels):
+                e.prefetch(base, e.add(e.mul(panel, p), e.mul(later, 64)))
+        elif k.source == "rows":
+            t = b.sub(place, first)
+            row, line = e.bits(t, "and_", PANEL - 1), e.bits(t, "ashr", 4)
+            step = e.field(a, Arg.CODES_STEP)
+            base = e.add(ahead, e.mul(e.mul(row, k.panels), step), e.mul(line, 64))
+            for p in range(k.panels):
+                e.prefetch(base, e.mul(step, p))
 
     def multiply_unpacked(
         self, e: Emitter, a: Any, rows: Any, w: Any, x: Any, sums: Any, scales: Any, total: Any, first_group: Any,
@@ -345,7 +430,7 @@ class MicroKernels:
         kind = self.floats if self.k.dot == "fp32" else self.words
         first = e.mul(first_group, e.mul(e.field(a, Arg.GROUP_WORDS), self.k.operands))
 
-        def group(g: Any, products: _Products) -> None:
+        def multiply(g: Any, products: _Products) -> None:
             start, count = (e.mul(words, self.k.operands) for words in self._words_of(e, a, g))
             with e.loop(count) as o:
                 place = e.add(start, o)
@@ -353,7 +438,7 @@ class MicroKernels:
                 operand = [e.load(w, kind, e.add(source, j * self.bytes)) for j in range(self.registers)]
                 products.add(operand, e.mul(place, 4), 0)
 
-        self._multiply(e, a, (rows, self.k.isa.rows), group, (x, sums, scales, total), (first_group, groups))
+        self._multiply(e, a, (rows, self.k.isa.rows), multiply, (x, sums, scales, total), (first_group, groups))
 
     @property
     def direct_rows(self) -> int:
@@ -361,38 +446,42 @@ class MicroKernels:
         return min(4, self.k.isa.rows)
 
     def _multiply(
-        self, e: Emitter, a: Any, rows: tuple[Any, int], group: Callable[[Any, _Products], None],
-        places: tuple[Any, Any, Any, Any], groups: tuple[Any, Any],
+        self, e: Emitter, a: Any, rows: tuple[Any, int], multiply: Multiply, places: tuple[Any, Any, Any, Any],
+        groups: tuple[Any, Any],
     ) -> None:  # fmt: skip
         """A version for each number of rows, with registers of its own."""
         e.never_inline()
         count, most = rows
         for m in range(1, most + 1):
             with e.case(count, m):
-                self._multiply_rows(e, a, m, group, places, groups)
+                self._multiply_rows(e, a, m, multiply, places, groups)
 
     def _multiply_rows(
-        self, e: Emitter, a: Any, rows: int, group: Callable[[Any, _Products], None],
-        places: tuple[Any, Any, Any, Any], groups: tuple[Any, Any],
+        self, e: Emitter, a: Any, rows: int, multiply: Multiply, places: tuple[Any, Any, Any, Any],
+        groups: tuple[Any, Any],
     ) -> None:  # fmt: skip
-        k = self.k
-        x, sums, scales, total = places
-        first_group, count = groups
-        sums_step, width = e.field(a, Arg.SUMS_STEP), self.registers * self.bytes
+        x, _, _, total = places
+        first, count = groups
+        width = self.registers * self.bytes
         products = _Products(self, e, a, rows, x)
         totals = {(m, j): e.variable(self.floats, e.load(total, self.floats, m * width + j * self.bytes))
                   for m, j in products.ones}  # fmt: skip
         with e.loop(count) as i:
-            g = e.add(first_group, i)
+            g = e.add(first, i)
             products.clear()
-            group(g, products)
-            scales_of = e.add(scales, e.mul(g, k.parts * k.panels * 64))
-            for m in range(rows):
-                sums_of = e.add(sums, e.mul(sums_step, m), e.mul(g, 8)) if k.sums else None
-                for j in range(self.registers):
-                    self._add_group(e, totals[m, j], products.sums[m, j].get(), scales_of, sums_of, j * self.bytes)
+            multiply(g, products)
+            self._add_products(e, a, totals, products, g, places)
+        for (m, j), value in totals.items():
+            e.store(value.get(), total, m * width + j * self.bytes)
+
+    def _add_products(
+        self, e: Emitter, a: Any, totals: dict[Any, Any], products: _Products, g: Any, places: tuple[Any, Any, Any, Any]
+    ) -> None:
+        k, (_, sums, scales, _) = self.k, places
+        scales_of = e.add(scales, e.mul(g, k.parts * k.panels * 64))
         for m, j in products.ones:
-            e.store(totals[m, j].get(), total, m * width + j * self.bytes)
+            sums_of = e.add(sums, e.mul(e.field(a, Arg.SUMS_STEP), m), e.mul(g, 8)) if k.sums else None
+            self._add_group(e, totals[m, j], products.sums[m, j].get(), scales_of, sums_of, j * self.bytes)
 
     def dot(self, e: Emitter, total: Any, w: Any, x: Any) -> Any:
         if self.k.dot == "bf16":

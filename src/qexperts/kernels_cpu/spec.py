@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-__all__ = ["ITEM_ROWS", "PANEL", "Arg", "Isa", "Kind"]
+__all__ = ["ISA_VARIABLE", "ITEM_ROWS", "PANEL", "Arg", "Isa", "Kind"]
 
+ISA_VARIABLE = "QEXPERTS_CPU_ISA"  # names an instruction set in place of the best
 PANEL = 16
 ITEM_ROWS = 240  # of an item, at most: so often its unpacked weights are used, and a hot expert is many items
 # What a code becomes when its sign bit is flipped, less the code.
@@ -23,7 +24,7 @@ _UNSIGNED = {"int8_sym": 128, "int4_sym": 8, "int2_sym": 2}
 class Arg(enum.IntEnum):
     """Places of a call's 64-bit integers. Steps are bytes between neighbours."""
 
-    NEXT, JOINED = 0, 1  # the unit of work that is free next; threads that have come
+    NEXT, JOINED = 0, 1  # the unit of work that is free next; threads that have come to it
     X_IN, X_IN_STEP = 2, 3  # activations as they were given, by row
     X, X_STEP, X_TERM = 4, 5, 6  # packed, by row; from the high parts of a row to its low parts
     SUMS, SUMS_STEP = 7, 8  # (sum, scale) of the activations of a group, fp32 [S, groups, 2]
@@ -36,7 +37,10 @@ class Arg(enum.IntEnum):
     ITEMS, ITEM_COUNT, END = 24, 25, 26  # (expert, row, rows) each; first row that belongs to no expert
     COUNTS, COUNTS_WIDE, E, S = 27, 28, 29, 30
     SCRATCH, SCRATCH_STEP = 31, 32  # by thread
-    BLOCK_GROUPS = 33  # groups that are unpacked at once
+    BLOCK_GROUPS, CHUNK_GROUPS = 33, 34  # groups that are unpacked, or gathered for few rows, at once
+    PACK, GEMM = 35, 36  # functions of the kind; 0: x needs no packing
+    CAME, PLANNED = 37, 38  # threads that have come at all; whether the items are there
+    PACK_NEXT, PACKED = 39, 40  # the row to pack next; rows that are packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Kind:
 
     def deciding(self, part: str) -> Kind:
         """The kind with defaults in place of what makes no difference to a part, so that kinds share its code."""
-        if part == "plan":
+        if part == "run":
             return Kind(self.isa, "", 8, False, "bf16", "bf16", "fp32", False, "", "", "panels", 1)
         if part == "pack":
             return dataclasses.replace(self, y="bf16", scale="", scale_access="", source="panels", panels=1)
@@ -137,10 +141,10 @@ class Kind:
         """fp32 vectors of a group of a panel: scales, and zeros with their sign turned."""
         return 1 + (self.shifted or self.subtracts)
 
-    def scratch_bytes(self, words: int, groups: int, block_words: int) -> int:
-        """Of a thread: a block of panels in the order of "panels", its scales, its sums, its operands."""
+    def scratch_bytes(self, gathered_words: int, groups: int, block_words: int) -> int:
+        """Of a thread: the scales of a block, its sums, its operands, words in the order of "panels"."""
         line = self.panels * PANEL * 4
-        gathered = 0 if self.source == "panels" else words * line
+        gathered = 0 if self.source == "panels" else gathered_words * line
         scales = groups * self.parts * line if self.scale else 0
         return gathered + scales + ITEM_ROWS * line + block_words * self.operands * line
 

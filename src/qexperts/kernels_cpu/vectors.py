@@ -17,7 +17,7 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["Emitter", "bf16_bits", "device_function", "fetch_add"]
+__all__ = ["Emitter", "bf16_bits", "call_function", "device_function", "fetch_add", "wait_for"]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -125,6 +125,17 @@ class Emitter:
 
     def store(self, value: Any, address: Any, offset: Any = 0) -> None:
         self.builder.store(value, self.pointer(address, value.type, offset)).align = 1
+
+    def prefetch(self, address: Any, offset: Any = 0) -> None:
+        """Have a cache line fetched; any address will do."""
+        place = self.pointer(address, I8, offset)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [place, *(ir.Constant(I32, i) for i in (0, 3, 1))])
+
+    def least(self, a: Any, b: Any) -> Any:
+        """The smaller integer."""
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
     @contextlib.contextmanager
     def loop(self, count: Any) -> Iterator[Any]:
@@ -280,7 +291,26 @@ def _signed(value: int, bits: int) -> int:
 def _fetch_add(e: Emitter, address: Any, value: Any) -> Any:
     """The integer at an address, which grows by value in the same step, whichever thread does it."""
     place = e.builder.inttoptr(address, I64.as_pointer())
-    return e.builder.atomic_rmw("add", place, value, "monotonic")
+    return e.builder.atomic_rmw("add", place, value, "acq_rel")
+
+
+def _wait_for(e: Emitter, address: Any, value: Any) -> None:
+    """Return when the integer at an address is at least value; what was written before it is then seen."""
+    b = e.builder
+    place = b.inttoptr(address, I64.as_pointer())
+    again, done = b.append_basic_block("again"), b.append_basic_block("done")
+    b.branch(again)
+    b.position_at_end(again)
+    b.cbranch(b.icmp_signed(">=", b.load_atomic(place, "acquire", 8), value), done, again)
+    b.position_at_end(done)
+
+
+def _call_function(e: Emitter, function: Any, record: Any) -> None:
+    """Call `void function(void *record)`."""
+    b = e.builder
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
+    b.call(b.inttoptr(function, kind.as_pointer()), [b.inttoptr(record, I8.as_pointer())])
 
 
 fetch_add = device_function(_fetch_add, returns=True)
+wait_for, call_function = device_function(_wait_for), device_function(_call_function)
