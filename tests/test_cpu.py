@@ -399,3 +399,43 @@ def test_a_cache_that_cannot_be_written_works_with_one_warning(tmp_path: Path) -
     said = probe(file / "below")[2]
     assert said.count("qexperts: compiling") == 3 and said.count("RuntimeWarning") == 1
     assert "Set QEXPERTS_CACHE_DIR to a directory that can be written" in said
+
+
+# ---- pages
+
+
+def huge_bytes(t: torch.Tensor) -> int:
+    """Bytes of huge pages in the memory regions that a tensor lies in."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            first, stop = (int(part, 16) for part in name.split("-"))
+            inside = first < t.data_ptr() + t.nbytes and t.data_ptr() < stop
+        elif name == "AnonHugePages:" and inside:
+            found += int(words[0]) * 1024
+    return found
+
+
+def test_prepared_weights_lie_in_huge_pages() -> None:
+    from qexperts.kernels_cpu.pages import HUGE, use_huge_pages
+
+    plain = torch.ones(8 * HUGE, dtype=torch.uint8)
+    use_huge_pages(plain)
+    if huge_bytes(plain) == 0:
+        pytest.skip("this system gives no huge pages")
+    codes = torch.randint(0, 256, (16, 1024, 512), dtype=torch.uint8)  # 8 MiB
+    weight = QuantWeight(codes, torch.ones(16, 1024, 8, dtype=torch.bfloat16), None, FORMATS["int4_sym"], 128)
+    before = weight.codes.clone()
+    prepared = prepare(weight, "cpu")
+    assert prepared.weight_layout == cpu_backend.LAYOUT and prepared.codes.data_ptr() == codes.data_ptr()
+    assert huge_bytes(prepared.codes) >= prepared.codes.nbytes - 2 * HUGE
+    assert torch.equal(unprepare(prepared).codes, before)
+
+
+def test_what_is_no_whole_huge_page_stays_as_it_is() -> None:
+    from qexperts.kernels_cpu.pages import use_huge_pages
+
+    small, strided = torch.arange(100), torch.arange(2**22).view(2**11, 2**11).mT
+    use_huge_pages(small, strided, None, torch.empty(0))
+    assert torch.equal(small, torch.arange(100)) and torch.equal(strided.mT.flatten(), torch.arange(2**22))

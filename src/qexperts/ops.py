@@ -236,10 +236,11 @@ def prepare(weight: QuantWeight, backend: str = "auto", *, keep_source: bool = F
     chosen = select(Problem.of(where, x, weight), backend)
     if chosen.layout == "public" or chosen.no_layout(weight) is not None:
         return weight
-    if keep_source:
-        return to_layout(weight.with_tensors(*(t.clone() for t in weight.tensors)), chosen.layout)
-    prepared = to_layout(weight, chosen.layout)
-    weight.release()
+    source = weight.with_tensors(*(t.clone() for t in weight.tensors)) if keep_source else weight
+    prepared = to_layout(source, chosen.layout)
+    chosen.settle(prepared)
+    if not keep_source:
+        weight.release()
     return prepared
 
 

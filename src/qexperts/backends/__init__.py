@@ -125,6 +125,7 @@ class Backend:
         layout: of weights prepared for it; "public" if it has none of its own.
         no_layout: public weight -> why it stays as it is, or None.
         devices: types it is made for: there `auto` says once why it is skipped.
+        settle: called once with a weight that has been brought into its layout.
         bind: problem and weight -> run for other tensors of the same kind, of any S, with the least host work.
     """
 
@@ -135,6 +136,7 @@ class Backend:
     no_layout: Callable[[QuantWeight], str | None] = lambda weight: None
     bind: Callable[[Problem, QuantWeight], Call] | None = None
     devices: tuple[str, ...] = ()
+    settle: Callable[[QuantWeight], None] = lambda weight: None
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -158,6 +160,7 @@ BACKENDS: Mapping[str, Backend] = {
         cpu_backend.LAYOUT,
         cpu_backend.no_layout,
         devices=cpu_backend.DEVICES,
+        settle=cpu_backend.settle,
     ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }

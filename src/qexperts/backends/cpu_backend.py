@@ -41,7 +41,9 @@ from ..workspace import arena
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["DEVICES", "LAYOUT", "PackedGemm", "describe", "installed", "no_layout", "run", "run_into", "supports"]
+__all__ = [
+    "DEVICES", "LAYOUT", "PackedGemm", "describe", "installed", "no_layout", "run", "run_into", "settle", "supports",
+]  # fmt: skip
 
 LAYOUT = "panels"
 DEVICES = ("cpu",)
@@ -122,6 +124,13 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
 def no_layout(weight: QuantWeight) -> str | None:
     """Why a weight stays in the public layout, or None."""
     return no_panels(weight)
+
+
+def settle(weight: QuantWeight) -> None:
+    """Give a prepared weight the pages that it is read fastest from."""
+    from ..kernels_cpu.pages import use_huge_pages
+
+    use_huge_pages(*weight.tensors)
 
 
 def _dot(isa: Any, fmt: str, x: str, int8: bool) -> str:

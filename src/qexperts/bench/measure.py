@@ -23,7 +23,7 @@ from .candidates import Candidate
 from .environment import with_threads
 from .providers import Binder
 from .records import Record
-from .roofline import Ceilings, mandatory_bytes, useful_flop
+from .roofline import Ceilings, mandatory_bytes, reads, useful_flop
 from .timing import Sampler, host_ms, issue_us, percentile
 from .workloads import Workload, make_inputs
 
@@ -32,6 +32,7 @@ __all__ = ["measure_workload"]
 T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
 UNKNOWN_LAUNCHES = 8  # of a public call, which hides them
+READ_BYTES = 2**27
 
 
 @dataclasses.dataclass
@@ -72,21 +73,40 @@ def measure_workload(
             except (torch.OutOfMemoryError, Refused) as error:
                 row.record.status, row.record.reason = "unsupported", str(error).splitlines()[0]
     timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
+    reading = _Reading(workload, device)
+    used = [row.candidate.threads for row in timed] + [None] * len(reading.ways)
     try:
         sampler.rounds(
-            [row.bound.run for row in timed if row.bound is not None],
+            [*(row.bound.run for row in timed if row.bound is not None), *reading.ways],
             rounds,
-            [row.samples for row in timed],
+            [*(row.samples for row in timed), *reading.samples],
             lambda: tick("timing"),
-            [functools.partial(_use_threads, row.candidate.threads or threads) for row in timed],
+            [functools.partial(_use_threads, n or threads) for n in used],
         )
     finally:
         _use_threads(threads)
         for row in rows:
             if row.samples:
                 _summarise(row.record, row.samples)
+                row.record.ceiling_read_gbps = reading.gbps or row.record.ceiling_read_gbps
             if row.samples or row.record.status != "ok":
                 yield row.record
+
+
+class _Reading:
+    """What reading alone reaches in the rounds of a decode on a CPU, whose memory others share: it may be a third more
+    or less a minute later."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        used = workload.kind == "decode" and device.type == "cpu"
+        self.ways = reads(torch.zeros(READ_BYTES, dtype=torch.uint8)) if used else []
+        self.samples: list[list[float]] = [[] for _ in self.ways]
+
+    @property
+    def gbps(self) -> float | None:
+        """Of the fastest way by its median; None without samples."""
+        medians = [percentile(samples, 50) for samples in self.samples if samples]
+        return READ_BYTES / min(medians) / 1e6 if medians else None
 
 
 def _use_threads(n: int) -> None:

@@ -82,7 +82,7 @@ class Record:
     mandatory_bytes: int = 0  # codes, scales, zeros of active experts, x and y, once each
     ceiling_tflops: float | None = None  # matmul, measured on the spot
     ceiling_copy_gbps: float | None = None  # copy, bytes read plus written
-    ceiling_read_gbps: float | None = None  # reading only
+    ceiling_read_gbps: float | None = None  # reading only; of a decode on a CPU: in the same rounds
     # where and when
     device: str = ""
     device_type: str = ""

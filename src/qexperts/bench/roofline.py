@@ -12,7 +12,7 @@ from ..backends.torch_backend import compute_dtype
 from ..formats import QuantWeight
 from .timing import Sampler
 
-__all__ = ["Ceilings", "mandatory_bytes", "measure_ceilings", "useful_flop"]
+__all__ = ["Ceilings", "mandatory_bytes", "measure_ceilings", "reads", "useful_flop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     matmul_ms = best(lambda: torch.mm(a, b, out=c))
     copy_ms = best(lambda: target.copy_(source))
-    read_ms = min(best(run) for run in _reads(source))
+    read_ms = min(best(run) for run in reads(source))
     copied = 2 * source.numel() / copy_ms / 1e6
     return Ceilings(2 * m**3 / matmul_ms / 1e9, copied, source.numel() / read_ms / 1e6)
 
 
-def _reads(source: torch.Tensor) -> list[Callable[[], object]]:
+def reads(source: torch.Tensor) -> list[Callable[[], object]]:
     """Ways of reading a buffer of zeros once; reductions of torch do not reach the bandwidth everywhere."""
     floats, halves = source.view(torch.float32), source.view(torch.bfloat16)
     found: list[Callable[[], object]] = [floats.sum, halves.sum, floats.amax]
