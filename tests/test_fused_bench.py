@@ -294,7 +294,9 @@ def test_records_say_what_ran(smoke: list[dict[str, Any]]) -> None:
         ("raw", "per_expert", "decode"), ("raw", "grouped", "decode"), ("raw", "auto", "auto"),
         ("wrapper", "auto", "auto"),
     }  # fmt: skip
-    assert all(r["ceiling_read_gbps"] == 20.0 and r["host_us"] is r["schedule_ms"] is None for r in smoke)
+    assert all(r["host_us"] is r["schedule_ms"] is None for r in smoke)
+    assert all(r["ceiling_read_gbps"] == 20.0 for r in smoke if r["kind"] == "prefill")
+    assert all(0 < r["ceiling_read_gbps"] != 20.0 for r in decode)  # of a decode on a CPU, measured in its rounds
     assert all((r["plan_ms"] is not None) == (r["api"] == "raw" and r["strategy"] != "auto") for r in smoke)
 
 
