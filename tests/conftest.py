@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import qexperts
+
 # Derandomized: a red test is red again. No deadline: the first call of a torch operator pays for its lookup.
 settings.register_profile(
     "qexperts",
@@ -17,6 +19,12 @@ settings.register_profile(
 settings.load_profile("qexperts")
 
 torch.set_num_threads(1)  # the tests' shapes are too small for more, and pytest-xdist brings its own processes
+
+
+@pytest.fixture(autouse=True)
+def no_known_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test's first call of a kind is checked and selects its backend: tests change what that depends on."""
+    monkeypatch.setattr(qexperts.ops, "_BOUND", {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

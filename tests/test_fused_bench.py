@@ -20,7 +20,7 @@ import torch
 from test_report import BF16, INT4, MM, clip, grouped, markdown_rows, record
 
 from qexperts import FORMATS, dequantize, quantize
-from qexperts.backends import cpu_backend, explain, triton_backend
+from qexperts.backends import Problem, cpu_backend, explain, triton_backend
 from qexperts.bench import cpu_peers, fused, humming, report, run, timing
 from qexperts.bench.binding import Bound, Refused
 from qexperts.bench.candidates import Candidate, enumerate_candidates
@@ -155,11 +155,12 @@ def test_a_wrong_int8_row_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPat
     """Errors that the looser error of int8 activations would hide if their rows were judged by a looser rule."""
     run_into = cpu_backend.run_into
 
-    def broken(y: torch.Tensor, x: torch.Tensor, weight: Any, counts: torch.Tensor, int8: bool = False) -> None:
+    def broken(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: Any, counts: torch.Tensor) -> None:
+        int8 = problem.activation_format == "int8"
         if int8 and wrong == "unrounded group":
             x = x.clone()
             x[:, :16] += x[:, :16].abs().amax(1, keepdim=True) / 100
-        run_into(y, x, weight, counts, int8)
+        run_into(problem, y, x, weight, counts)
         if int8 and wrong == "scaled":
             y.mul_(1.02)
         if int8 and wrong == "row of another":

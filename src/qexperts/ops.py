@@ -273,17 +273,18 @@ def _packed(call: PackedCall, manner: Manner, activation_format: str | None) -> 
 
 def run_packed(call: PackedCall, manner: Manner, activation_format: str | None = None) -> torch.Tensor:
     """`moe`, `moe_gemm_decode` and `moe_gemm_prefill`, not traced."""
-    key = _kind(call, manner) if activation_format is None else None
+    key = _kind(call, manner, activation_format)
     known = _BOUND.get(key) if key is not None else None
-    if known is not None:
+    if known is not None and (not call[0].is_cpu or _adds_up(call[2], call[0].shape[0])):
         return known(call[0], call[1], call[3], call[4], call[2])
     where, scale_scheme, phase, decode_threshold = manner
     x, weight = check_packed(where, scale_scheme, call)
     plan = _plan(where, call[2], x, weight)
-    phase = _phase(plan, phase, decode_threshold)
     if key is not None and weight.codes is call[1] and x is call[0]:
-        problem = Problem.of(where, x, weight, phase=phase, decode_threshold=decode_threshold)
+        options = {"phase": phase, "decode_threshold": decode_threshold, "activation_format": activation_format}
+        problem = Problem.of(where, x, weight, **options)
         _remember(key, select(problem), problem, weight)
+    phase = _phase(plan, phase, decode_threshold)
     return run_now(
         where, x, weight, plan, phase=phase, decode_threshold=decode_threshold, activation_format=activation_format
     )
@@ -301,11 +302,17 @@ def _remember(key: tuple[object, ...], backend: Backend, problem: Problem, weigh
         _BOUND[key] = backend.bind(problem, weight)
 
 
-def _kind(call: PackedCall, manner: Manner) -> tuple[object, ...] | None:
-    """What decides how a call is run, the number of rows excepted; None if it is to be checked each time: on the CPU,
-    where the counts are read, with gradients, and for arguments that are no tensors."""
+def _adds_up(counts: torch.Tensor, rows: int) -> bool:
+    """Whether counts on the CPU, which are read there, are good; if not, the checks say why."""
+    values = counts.tolist()
+    return sum(values) == rows and min(values) >= 0
+
+
+def _kind(call: PackedCall, manner: Manner, activation_format: str | None) -> tuple[object, ...] | None:
+    """What decides how a call is run, the number of rows excepted; None if it is to be checked each time: with
+    gradients, and for arguments that are no tensors."""
     x, weights, counts, scales, zeros = call[:5]
-    if type(weights) not in _PLAIN or type(counts) not in _PLAIN or x.is_cpu or x.ndim != 2:
+    if type(weights) not in _PLAIN or type(counts) not in _PLAIN or x.ndim != 2:
         return None
     if (scales is not None and type(scales) not in _PLAIN) or (zeros is not None and type(zeros) not in _PLAIN):
         return None
@@ -313,6 +320,7 @@ def _kind(call: PackedCall, manner: Manner) -> tuple[object, ...] | None:
         return None
     return (
         manner,
+        activation_format,
         *call[5:],
         x.dtype,
         x.shape[1],
@@ -391,7 +399,7 @@ def run_now(
     codes, scales, zeros = weight.codes, weight.scales, weight.zeros
     key: tuple[object, ...] | None = None
     frozen = not torch.is_grad_enabled() or not _differentiable(x, codes, scales, zeros)
-    if frozen and type(codes) in _PLAIN and not x.is_cpu:
+    if frozen and type(codes) in _PLAIN:
         key = (
             backend,
             phase,

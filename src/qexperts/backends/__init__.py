@@ -159,8 +159,9 @@ BACKENDS: Mapping[str, Backend] = {
         cpu_backend.run,
         cpu_backend.LAYOUT,
         cpu_backend.no_layout,
-        devices=cpu_backend.DEVICES,
-        settle=cpu_backend.settle,
+        cpu_backend.bind,
+        cpu_backend.DEVICES,
+        cpu_backend.settle,
     ),
     "torch": Backend("torch", torch_backend.supports, torch_backend.run),
 }

@@ -8,7 +8,10 @@
 
 Activations and the products they are multiplied in:
 
-    bf16       dot products of bf16 pairs where there are instructions (AVX-512 BF16), else fp32
+    bf16       on integer weights as 16-bit integers: each row and group rounded to 32,767 steps of its largest, an
+               error far below that of a bf16 result, added exactly (AVX2, AVX-512); where small activations of a
+               group would lose too much beside its largest, and on other weights: dot products of bf16 pairs where
+               there are instructions (AVX-512 BF16), else fp32
     fp16       as the sum of two bf16 numbers, which is exact, where there are; else fp32
     fp32       fp32
     int8       (activation_format) each row and group rounded to 127 steps of its largest; dot products of bytes with
@@ -31,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import QuantWeight
+from ..formats import BLOCK, QuantWeight
 from ..kernels_cpu.spec import ISA_VARIABLE, ITEM_ROWS, PANEL, Arg, Kind
 from ..layouts import no_panels
 from ..plan import TokenPlan
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "DEVICES", "LAYOUT", "PackedGemm", "describe", "installed", "no_layout", "run", "run_into", "settle", "supports",
+    "DEVICES", "LAYOUT", "BoundCall", "PackedGemm", "bind", "describe", "installed", "no_layout", "run", "run_into",
+    "settle", "supports",
 ]  # fmt: skip
 
 LAYOUT = "panels"
@@ -59,7 +63,7 @@ _S, _E, _END, _CODES, _SCALES, _ZEROS = (int(a) for a in (Arg.S, Arg.E, Arg.END,
 _X_IN, _X_IN_STEP, _X, _X_STEP = (int(a) for a in (Arg.X_IN, Arg.X_IN_STEP, Arg.X, Arg.X_STEP))
 _Y, _Y_STEP, _SUMS, _SUMS_STEP = (int(a) for a in (Arg.Y, Arg.Y_STEP, Arg.SUMS, Arg.SUMS_STEP))
 _COUNTS, _COUNTS_WIDE = int(Arg.COUNTS), int(Arg.COUNTS_WIDE)
-_SCRATCH, _ITEMS = int(Arg.SCRATCH), int(Arg.ITEMS)
+_SCRATCH, _ITEMS, _WIDE = int(Arg.SCRATCH), int(Arg.ITEMS), int(Arg.WIDE)
 
 
 @functools.cache
@@ -117,7 +121,9 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         return why, "", False
     read = "packed weights" if fmt.quantized else "weights"
     int8 = problem.activation_format is not None
-    dot = _dot(isa, fmt.name, _NAMES[problem.dtype], int8) + " products" + (" of int8 activations" if int8 else "")
+    shared = _shared_k(problem.scale_layout, group, problem.K)
+    dot = _dot(isa, fmt.name, _NAMES[problem.dtype], int8, shared) + " products"
+    dot += " of int8 activations" if int8 else ""
     return None, f"kernels for {isa.name} ({why}) read the {read}, {dot}", False
 
 
@@ -133,53 +139,56 @@ def settle(weight: QuantWeight) -> None:
     use_huge_pages(*weight.tensors)
 
 
-def _dot(isa: Any, fmt: str, x: str, int8: bool) -> str:
+def _shared_k(scale_layout: str, group_size: int | None, k: int) -> int:
+    """Consecutive k whose products are added before they are scaled."""
+    if scale_layout == "block128":
+        return BLOCK
+    return min(WIDEST_GROUP, k) if group_size in (None, k) else group_size  # type: ignore[return-value]
+
+
+def _dot(isa: Any, fmt: str, x: str, int8: bool, shared: int, exact: bool = False) -> str:
     if int8:
         return "int8" if "int8" in isa.dots else "fp32"
+    if "int16" in isa.dots and x == "bf16" and fmt.startswith("int") and shared <= WIDEST_GROUP and not exact:
+        return "int16"  # a sum of more might not fit 32 bits
     return "bf16" if "bf16" in isa.dots and x != "fp32" and fmt != "fp16" else "fp32"
 
 
 def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
     """y[r] = x[r] @ dequantize(weight)[expert(r)].T; [S, N]; dtype of x, or fp32 for problem.wide."""
-    y = torch.empty(x.shape[0], weight.N, dtype=torch.float32 if problem.wide else x.dtype)
-    run_into(y, x, weight, plan.counts, problem.activation_format is not None)
-    return y
+    return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
 
 
-def run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor, int8: bool = False) -> None:
-    """`run` into an existing result: [S, N]; dtype of x, or fp32; rows contiguous."""
-    if x.shape[0] == 0:
-        return
-    if y.dtype == torch.float16 and not _isa_used().halves:  # no instruction rounds to fp16
-        wide = torch.empty(y.shape, dtype=torch.float32)
-        run_into(wide, x, weight, counts, int8)
-        y.copy_(wide)
-        return
-    if weight.zeros is not None and weight.scales is not None and weight.zeros.stride() != weight.scales.stride():
-        weight = weight.with_tensors(weight.codes, weight.scales.contiguous(), weight.zeros.contiguous())
-    facts = _facts(y, x, weight, int8)
-    call = _BOUND.get(facts)
+def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+    """`run` into an existing result: [S, N]; dtype of x, or fp32 for problem.wide; rows contiguous."""
+    bind(problem, weight).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
+
+
+def bind(problem: Problem, weight: QuantWeight) -> BoundCall:
+    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone. The
+    instruction set is chosen here, once for each kind of weight and activations."""
+    return _bound(weight, problem.dtype, problem.wide, problem.activation_format is not None)
+
+
+def _bound(weight: QuantWeight, dtype: torch.dtype, wide: bool = False, int8: bool = False) -> BoundCall:
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    key = (
+        os.environ.get(ISA_VARIABLE), weight.format.name, weight.group_size, weight.scale_layout, weight.weight_layout,
+        weight.scale_dtype, codes.shape, codes.stride(), scales is None or (scales.shape, scales.stride()),
+        zeros is None or zeros.stride(), dtype, wide, int8,
+    )  # fmt: skip
+    call = _BOUND.get(key)
     if call is None:
         if len(_BOUND) >= _MAX_BOUND:
             _BOUND.clear()
-        call = _BOUND[facts] = _Call(_kernel(y, x, weight, int8), weight)
-    call(y, x, weight, counts.contiguous())
+        call = _BOUND[key] = BoundCall(weight, dtype, wide, int8)
+    return call
 
 
 def _isa_used() -> Any:
     isa, why = _isa()
     assert isa is not None, why
     return isa
-
-
-def _facts(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> tuple[object, ...]:
-    """Everything that decides what a call does, but for the number of rows, of threads, and where things are."""
-    codes, scales = weight.codes, weight.scales
-    return (
-        os.environ.get(ISA_VARIABLE), weight.format.name, weight.group_size, weight.scale_layout, weight.weight_layout,
-        weight.scale_dtype, codes.shape, codes.stride(), scales is None or (scales.shape, scales.stride()), x.dtype,
-        y.dtype, int8,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +207,14 @@ class _Kernel:
     scratch: int  # of a thread
 
 
-def _kind(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> Kind:
+def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
+    shared = _shared_k(weight.scale_layout, weight.group_size, weight.K)
     isa, fmt, prepared = _isa_used(), weight.format, weight.weight_layout != "public"
     access = {"group": "strided", "channel": "strided", "block128": "block128", "tensor": "tensor", "none": ""}
-    name = _NAMES[x.dtype]
     return Kind(
-        isa=isa, format=fmt.name, bits=fmt.bits, asym=fmt.asym, x=name, y=_NAMES[y.dtype],
-        dot=_dot(isa, fmt.name, name, int8), int8=int8,
+        isa=isa, format=fmt.name, bits=fmt.bits, asym=fmt.asym, x=x, y=y,
+        dot=_dot(isa, fmt.name, x, int8, shared, exact),
+        int8=int8,
         scale=_NAMES[weight.scale_dtype] if weight.scale_dtype is not None else "",
         scale_access="vector" if prepared else access[weight.scale_layout],
         source="panels" if prepared else weight.code_order,
@@ -212,13 +222,10 @@ def _kind(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> 
     )  # fmt: skip
 
 
-def _kernel(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -> _Kernel:
+def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
     from ..kernels_cpu import build
 
-    kind, k, size = _kind(y, x, weight, int8), weight.K, weight.group_size
-    one = weight.scale_layout in ("channel", "tensor", "none") or size == k
-    group = min(WIDEST_GROUP, k) if one else 128 if weight.scale_layout == "block128" else size
-    assert group is not None
+    k, group = weight.K, _shared_k(weight.scale_layout, weight.group_size, weight.K)
     groups, group_words, words = -(-k // group), group // kind.per_word, k // kind.per_word
     block = min(groups, max(1, UNPACKED_BYTES // (group_words * kind.operands * kind.panels * PANEL * 4)))
     chunk = min(groups, max(1, CHUNK_WORDS // group_words))
@@ -236,16 +243,24 @@ def _kernel(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, int8: bool) -
     )
 
 
-class _Call:
-    """The kernels on weights of one kind: a record of all but what each call brings, made once."""
+class BoundCall:
+    """The kernels on weights of one kind: a record of all but what each call brings, made once. No tensor is kept
+    alive."""
 
-    def __init__(self, kernel: _Kernel, weight: QuantWeight) -> None:
+    def __init__(self, weight: QuantWeight, dtype: torch.dtype, wide: bool, int8: bool, exact: bool = False) -> None:
         from ..kernels_cpu import team
 
-        self._kernel, self._start = kernel, team.run
-        self._record = (ctypes.c_int64 * len(Arg))()
+        self._wide, self._dtype, self._like = wide, dtype, _without_memory(weight)
+        self._by_way_of_fp32 = dtype == torch.float16 and not wide and not _isa_used().halves
+        y = "fp32" if wide or self._by_way_of_fp32 else _NAMES[dtype]
+        scales, zeros = weight.scales, weight.zeros
+        self._same_strides = scales is None or zeros is None or zeros.stride() == scales.stride()
+        if not self._same_strides and scales is not None and zeros is not None:
+            weight = weight.with_tensors(weight.codes, scales.contiguous(), zeros.contiguous())
+        self._kernel, self._start = _kernel(weight, _kind(weight, _NAMES[dtype], y, int8, exact)), team.run
+        kernel, record = self._kernel, (ctypes.c_int64 * len(Arg))()
+        self._record, self._n = record, weight.N
         self._row_bytes = -(-(kernel.x_bytes + 8 * kernel.groups) // _LINE) * _LINE if kernel.pack else 0
-        record = self._record
         record[Arg.PACK], record[Arg.GEMM] = kernel.pack, kernel.gemm
         record[Arg.E], record[Arg.N], record[Arg.K] = weight.E, weight.N, weight.K
         record[Arg.WORDS] = weight.K // kernel.kind.per_word
@@ -269,21 +284,62 @@ class _Call:
             record[Arg.SCALES_N] = scales.stride(n) * size
             record[Arg.SCALES_G] = scales.stride(g) * size if scales.shape[g] > 1 else 0
 
-    def __call__(self, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
-        s, threads, record = x.shape[0], torch.get_num_threads(), type(self._record).from_buffer_copy(self._record)
-        record[_S], record[_CODES], record[_COUNTS] = s, weight.codes.data_ptr(), counts.data_ptr()
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        zeros: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
+        n = self._n
+        y = x.new_empty(x.shape[0], n, dtype=torch.float32) if self._wide else x.new_empty(x.shape[0], n)
+        self.into(y, x, codes, scales, zeros, counts)
+        return y
+
+    def into(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        zeros: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> None:
+        """The same into an existing result."""
+        result, s, threads = y, x.shape[0], torch.get_num_threads()
+        if s == 0:
+            return
+        if self._by_way_of_fp32:  # no instruction rounds to fp16
+            y = torch.empty(y.shape, dtype=torch.float32)
+        if not self._same_strides and scales is not None and zeros is not None:
+            scales, zeros = scales.contiguous(), zeros.contiguous()
+        if not counts.is_contiguous():
+            counts = counts.contiguous()
+        record = type(self._record).from_buffer_copy(self._record)
+        record[_S], record[_CODES], record[_COUNTS] = s, codes.data_ptr(), counts.data_ptr()
         record[_COUNTS_WIDE] = counts.dtype == torch.int64
         record[_X_IN], record[_X_IN_STEP] = x.data_ptr(), x.stride(0) * x.element_size()
         record[_Y], record[_Y_STEP] = y.data_ptr(), y.stride(0) * y.element_size()
-        if weight.scales is not None:
-            record[_SCALES] = weight.scales.data_ptr()
-        if weight.zeros is not None:
-            record[_ZEROS] = weight.zeros.data_ptr()
+        if scales is not None:
+            record[_SCALES] = scales.data_ptr()
+        if zeros is not None:
+            record[_ZEROS] = zeros.data_ptr()
         scratch = self._place(record, s, threads)
         self._start(self._kernel.run, ctypes.addressof(record), threads)
         del scratch
+        if record[_WIDE]:
+            self._exact.into(result, x, codes, scales, zeros, counts)
+            return
         if record[_END] < s:
             y[record[_END] :].zero_()
+        if y is not result:
+            result.copy_(y)
+
+    @functools.cached_property
+    def _exact(self) -> BoundCall:
+        """For activations that 16 bits do not hold; compiled when the first come."""
+        return BoundCall(self._like, self._dtype, self._wide, int8=False, exact=True)
 
     def _place(self, record: Any, s: int, threads: int) -> torch.Tensor:
         """Give a call its scratch memory: of the threads, of the packed rows, of the items."""
@@ -302,7 +358,14 @@ class _Call:
         return scratch
 
 
-_BOUND: dict[tuple[object, ...], _Call] = {}
+def _without_memory(weight: QuantWeight) -> QuantWeight:
+    """The same kind of weight, strides included, over tensors that hold nothing."""
+    return weight.with_tensors(
+        *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in weight.tensors)
+    )
+
+
+_BOUND: dict[tuple[object, ...], BoundCall] = {}
 _MAX_BOUND = 4096
 
 
@@ -314,19 +377,26 @@ class PackedGemm:
 
     def one(self, x: torch.Tensor, expert: int, out: torch.Tensor) -> list[Step]:
         weight, counts = self._weight.experts(expert, expert + 1), torch.tensor([x.shape[0]], dtype=torch.int32)
-        return [Step("gemm", lambda: run_into(out, x, weight, counts))]
+        return [self._step(out, x, weight, counts)]
 
     def batch(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> list[Step]:
         """experts ascend, so the padded rows are sorted by expert: one call over all of them."""
         counts = torch.zeros(self._weight.E, dtype=torch.int32).index_fill_(0, experts, x.shape[1])
-        rows, y = x.flatten(0, 1), out.flatten(0, 1)
-        return [Step("gemm", lambda: run_into(y, rows, self._weight, counts))]
+        return [self._step(out.flatten(0, 1), x.flatten(0, 1), self._weight, counts)]
 
     def grouped(self, x: torch.Tensor, plan: TokenPlan) -> list[Step]:
         y = self._take((x.shape[0], self._weight.N), x.dtype)
+        step = self._step(y, x, self._weight, plan.counts)
 
         def run() -> torch.Tensor:
-            run_into(y, x, self._weight, plan.counts)
+            step.run()
             return y
 
         return [Step("gemm", run)]
+
+    @staticmethod
+    def _step(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> Step:
+        def run() -> None:
+            _bound(weight, x.dtype).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
+
+        return Step("gemm", run)

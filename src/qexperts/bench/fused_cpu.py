@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..backends import cpu_backend
+from ..backends import Problem, cpu_backend
 from ..backends.cpu_backend import PackedGemm
 from ..formats import QuantWeight
 from ..strategies import Take
@@ -39,8 +39,8 @@ class CpuProvider(PackedProvider):
         if candidate.api == "wrapper":
             return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
         y = take((x.shape[0], weight.N), x.dtype)
-        int8 = candidate.activation_format is not None
-        run = functools.partial(_run_into, y, x, weight, self._t.counts, int8)
+        problem, int8 = self._problem(candidate, weight), candidate.activation_format is not None
+        run = functools.partial(_run_into, problem, y, x, weight, self._t.counts)
         if candidate.strategy is None:
             return Bound(run, Counter(), None, uses_scratch=False, config=config)
         if int8:  # the one strategy that it is measured in
@@ -51,6 +51,8 @@ class CpuProvider(PackedProvider):
         return Bound(bound, bound.counts, schedule.padded_rows, config=config)
 
 
-def _run_into(y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor, int8: bool) -> torch.Tensor:
-    cpu_backend.run_into(y, x, weight, counts, int8)
+def _run_into(
+    problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor
+) -> torch.Tensor:
+    cpu_backend.run_into(problem, y, x, weight, counts)
     return y

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from ..kernels_cpu.pages import use_huge_pages
 from ..strategies import Take
 from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
@@ -24,7 +25,7 @@ from .environment import with_threads
 from .providers import Binder
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, reads, useful_flop
-from .timing import Sampler, host_ms, issue_us, percentile
+from .timing import ROTATE, Rotation, Sampler, host_ms, issue_us, last_level_cache, percentile
 from .workloads import Workload, make_inputs
 
 __all__ = ["measure_workload"]
@@ -32,7 +33,7 @@ __all__ = ["measure_workload"]
 T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
 UNKNOWN_LAUNCHES = 8  # of a public call, which hides them
-READ_BYTES = 2**27
+CACHES = 3  # that weights taking turns must exceed
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class _Row:
     candidate: Candidate
     record: Record
     scratch_bytes: int = 0
-    bound: Bound | None = None
+    run: Callable[[], object] | None = None  # what is timed
     samples: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -57,10 +58,12 @@ def measure_workload(
     tick("preparing weights")
     threads = torch.get_num_threads()
     tensors = make_inputs(workload, device)
-    binder = Binder(workload, tensors)
+    sets = _WeightSets(workload, tensors)
     template = dataclasses.replace(_template(workload, tensors, ceilings, env), rounds=rounds)
+    if sets.rotate:
+        template.flush = ROTATE
     rows = [_Row(c, _describe(template, c)) for c in candidates]
-    space = _SharedScratch(device, [_need(row, binder) for row in rows])
+    space = _SharedScratch(device, [_need(row, sets.binders[0]) for row in rows])
     gate = _Gate(tensors)
     sampler = Sampler(device)
     for row in rows:
@@ -69,15 +72,15 @@ def measure_workload(
             try:
                 _use_threads(row.candidate.threads or threads)
                 with of_peer(row.candidate.provider):
-                    _prepare(row, binder, gate, space, sampler)
+                    _prepare(row, sets, gate, space, sampler)
             except (torch.OutOfMemoryError, Refused) as error:
                 row.record.status, row.record.reason = "unsupported", str(error).splitlines()[0]
-    timed = [row for row in rows if row.bound is not None and row.record.status == "ok"]
-    reading = _Reading(workload, device)
+    timed = [row for row in rows if row.run is not None]
+    reading = _Reading(sets.rotate)
     used = [row.candidate.threads for row in timed] + [None] * len(reading.ways)
     try:
         sampler.rounds(
-            [*(row.bound.run for row in timed if row.bound is not None), *reading.ways],
+            [*(row.run for row in timed if row.run is not None), *reading.ways],
             rounds,
             [*(row.samples for row in timed), *reading.samples],
             lambda: tick("timing"),
@@ -93,20 +96,49 @@ def measure_workload(
                 yield row.record
 
 
+class _WeightSets:
+    """Binders of one workload on weights of their own. A decode on a CPU rotates over as many as it takes that none is
+    in the cache when its turn comes; all else has one, and makes the cache cold."""
+
+    def __init__(self, workload: Workload, tensors: Inputs) -> None:
+        self._workload, self._tensors = workload, tensors
+        self.rotate = workload.kind == "decode" and tensors.x.device.type == "cpu"
+        self.binders = [Binder(workload, tensors)]
+
+    def of(self, candidate: Candidate) -> list[Binder]:
+        """As many as a candidate rotates over, by the bytes that it reads."""
+        count = self._count(candidate) if self.rotate else 1
+        while len(self.binders) < count:
+            t = self._tensors
+            copied = t.weight.with_tensors(*(part.clone() for part in t.weight.tensors))
+            self.binders.append(Binder(self._workload, dataclasses.replace(t, weight=copied)))
+        return self.binders[:count]
+
+    def _count(self, candidate: Candidate) -> int:
+        w = self._workload
+        bits = 16 if candidate.scope == "base mm" else w.format.bits
+        read = max(1, w.distribution.active_experts * w.n * w.k * bits // 8)
+        return max(2, -(-CACHES * last_level_cache() // read))
+
+
 class _Reading:
     """What reading alone reaches in the rounds of a decode on a CPU, whose memory others share: it may be a third more
-    or less a minute later."""
+    or less a minute later. From huge pages, as the kernels read, and a slice at a time, as a decode is a call."""
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        used = workload.kind == "decode" and device.type == "cpu"
-        self.ways = reads(torch.zeros(READ_BYTES, dtype=torch.uint8)) if used else []
+    def __init__(self, used: bool) -> None:
+        self.ways: list[Rotation] = []
+        if used:
+            slices = torch.zeros(CACHES + 1, last_level_cache(), dtype=torch.uint8)
+            use_huge_pages(slices)
+            self._bytes = slices.shape[1]
+            self.ways = [Rotation(way) for way in zip(*(reads(part) for part in slices), strict=True)]
         self.samples: list[list[float]] = [[] for _ in self.ways]
 
     @property
     def gbps(self) -> float | None:
         """Of the fastest way by its median; None without samples."""
         medians = [percentile(samples, 50) for samples in self.samples if samples]
-        return READ_BYTES / min(medians) / 1e6 if medians else None
+        return self._bytes / min(medians) / 1e6 if medians else None
 
 
 def _use_threads(n: int) -> None:
@@ -218,11 +250,12 @@ def _describe(template: Record, c: Candidate) -> Record:
     )
 
 
-def _prepare(row: _Row, binder: Binder, gate: _Gate, space: _SharedScratch, sampler: Sampler) -> None:
+def _prepare(row: _Row, sets: _WeightSets, gate: _Gate, space: _SharedScratch, sampler: Sampler) -> None:
     """Bind, count, run once on poisoned memory, judge; capture, if the candidate asks for a graph; time what is apart:
-    planning, the schedule kernel, the host."""
-    record, candidate, device = row.record, row.candidate, binder.device
-    bound = binder.bind(candidate, space.take())
+    planning, the schedule kernel, the host. Where weights rotate, each set is judged."""
+    record, candidate = row.record, row.candidate
+    binder, *others = sets.of(candidate)
+    device, bound = binder.device, binder.bind(candidate, space.take())
     _count(record, bound)
     verdict = functools.partial(gate.judge, activation_format=candidate.activation_format)
     report, transient = _check(bound, verdict, space, device)
@@ -234,8 +267,15 @@ def _prepare(row: _Row, binder: Binder, gate: _Gate, space: _SharedScratch, samp
     if report.ok and candidate.graph:
         bound = dataclasses.replace(bound, run=_captured(bound.run, device))
         report, _ = _check(bound, verdict, space, device)
+    calls = [bound.run]
+    for other in others if report.ok else ():
+        bound = other.bind(candidate, space.take())
+        report, _ = _check(bound, verdict, space, device)
+        calls.append(bound.run)
+        if not report.ok:
+            break
     if report.ok:
-        row.bound = bound
+        row.run = Rotation(tuple(calls)) if sets.rotate else calls[0]
     else:
         record.status, record.reason = "WRONG", report.message
 

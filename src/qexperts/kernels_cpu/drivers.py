@@ -59,7 +59,7 @@ _COUNTS, _COUNTS_WIDE, _E, _S = int(Arg.COUNTS), int(Arg.COUNTS_WIDE), int(Arg.E
 _SCRATCH, _SCRATCH_STEP = int(Arg.SCRATCH), int(Arg.SCRATCH_STEP)
 _BLOCK_GROUPS, _CHUNK_GROUPS, _GROUP_WORDS = int(Arg.BLOCK_GROUPS), int(Arg.CHUNK_GROUPS), int(Arg.GROUP_WORDS)
 _PACK, _GEMM, _CAME, _PLANNED = int(Arg.PACK), int(Arg.GEMM), 8 * int(Arg.CAME), 8 * int(Arg.PLANNED)
-_PACK_NEXT, _PACKED = 8 * int(Arg.PACK_NEXT), 8 * int(Arg.PACKED)
+_PACK_NEXT, _PACKED, _WIDE = 8 * int(Arg.PACK_NEXT), 8 * int(Arg.PACKED), int(Arg.WIDE)
 
 
 @compiled
@@ -129,6 +129,8 @@ def write_run(kind: Kind) -> Callable[[int], None]:
         if get(a, _PACK):
             call_function(get(a, _PACK), a)
             wait_for(a + _PACKED, get(a, _S))
+            if get(a, _WIDE):
+                return
         wait_for(a + _PLANNED, 1)
         call_function(get(a, _GEMM), a)
 

@@ -44,8 +44,8 @@ def _isa(name: str) -> Isa:
         return Isa(name, cpu, "", 4, 1, 4 if arm else 2, halves=arm)
     features = ",".join(f"+{feature}" for feature in NEEDS[name])
     if name == "avx2":
-        return Isa(name, "x86-64-v3", features, 8, 1, 6)
-    dots = ("bf16", "int8", "fp32") if name == "avx512_bf16" else ("fp32",)
+        return Isa(name, "x86-64-v3", features, 8, 1, 6, ("int16", "fp32"))
+    dots = ("bf16", "int8", "int16", "fp32") if name == "avx512_bf16" else ("int16", "fp32")
     # 24 accumulators of 32 registers
     return Isa(name, binding.get_host_cpu_name() if dots[0] == "bf16" else "x86-64-v4", features, 16, 4, 6, dots)
 

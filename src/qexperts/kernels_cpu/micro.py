@@ -60,6 +60,8 @@ class MicroKernels:
         if self.k.dot == "fp32":
             values = [self._one_fp32(e, word, i) for i in range(self.k.per_word)]
             return values if zeros is None else [e.builder.fadd(value, zeros) for value in values]
+        if self.k.dot == "int16":
+            return self._as_int16(e, word)
         return self._as_bf16(e, word) if self.k.dot == "bf16" else self._as_bytes(e, word)
 
     def _as_bf16(self, e: Emitter, word: Any) -> list[Any]:
@@ -125,6 +127,15 @@ class MicroKernels:
         k = self.k
         mask = {8: -1, 4: 0x0F0F0F0F, 2: 0x03030303}[k.bits]
         flip = {128: -0x7F7F7F80, 8: 0x08080808, 2: 0x02020202, 0: 0}[k.offset]
+        shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
+        return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
+
+    def _as_int16(self, e: Emitter, word: Any) -> list[Any]:
+        k = self.k
+        if k.format == "int8_sym":
+            halves = e.cast(word, vector(I16, 2 * word.type.count))
+            return [e.cast(e.bits(one, "ashr", 8), word.type) for one in (e.bits(halves, "shl", 8), halves)]
+        mask, flip = 0x10001 * ((1 << k.bits) - 1), 0x10001 * k.offset
         shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
         return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
 
@@ -318,12 +329,16 @@ class MicroKernels:
             left = b.sub(steps, start)
             count = b.select(b.icmp_signed("<", size, left), size, left)
             scale = inverse = None
-            if k.int8:
+            if k.steps:
                 scale, inverse = self._scale_of_x(e, x, start, count)
             total = e.variable(vector(F32, STEP))
+            small = _Small(e) if k.dot == "int16" else None
             with e.loop(count) as i:
                 step = e.add(start, i)
-                total.set(b.fadd(total.get(), self._pack_step(e, a, x, out, step, inverse)))
+                total.set(b.fadd(total.get(), self._pack_step(e, a, x, out, step, (inverse, small))))
+            if small is not None:
+                with b.if_then(small.too_small(total.get(), count)):
+                    e.store(e.number(1), a, 8 * Arg.WIDE)
             if k.sums:
                 e.store(e.total(total.get()), sums, e.mul(g, 8))
                 e.store(ir.Constant(F32, 1.0) if scale is None else scale, sums, e.add(e.mul(g, 8), 4))
@@ -335,27 +350,30 @@ class MicroKernels:
         return raw, self._float(e, raw, self.k.x)
 
     def _scale_of_x(self, e: Emitter, x: Any, start: Any, count: Any) -> tuple[Any, Any]:
-        """max|x| / 127 of a group, and its inverse; 1 for a group of zeros."""
-        b = e.builder
+        """max|x| / steps of a group, and its inverse; 1 for a group of zeros."""
+        b, limit = e.builder, ir.Constant(F32, float(self.k.steps))
         top = e.variable(vector(F32, STEP))
         with e.loop(count) as i:
             top.set(e.maximum(top.get(), e.call_unary("fabs", self._x(e, x, e.add(start, i))[1])))
         largest = e.largest(top.get())
         zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
-        largest = b.select(zero, ir.Constant(F32, 127.0), largest)
-        limit = ir.Constant(F32, 127.0)
+        largest = b.select(zero, limit, largest)
         return b.fdiv(largest, limit), e.splat(b.fdiv(limit, largest), STEP)
 
-    def _pack_step(self, e: Emitter, a: Any, x: Any, out: Any, step: Any, inverse: Any) -> Any:
+    def _pack_step(self, e: Emitter, a: Any, x: Any, out: Any, step: Any, rounding: tuple[Any, _Small | None]) -> Any:
         """Pack one step; returns what its elements count as in the group's sum."""
-        k, b = self.k, e.builder
+        (inverse, small), k, b = rounding, self.k, e.builder
         raw, value = self._x(e, x, step)
-        if k.int8:
-            rounding = e.constant(value.type, ROUND)
-            value = b.fsub(b.fadd(b.fmul(value, inverse), rounding), rounding)
-            if k.dot == "int8":
-                codes = b.trunc(b.fptosi(value, vector(I32, STEP)), vector(I8, STEP))
-                e.store(self._ordered(e, codes), out, e.mul(step, STEP))
+        if k.steps:
+            large = e.constant(value.type, ROUND)
+            exact = b.fmul(value, inverse)
+            value = b.fsub(b.fadd(exact, large), large)
+            if small is not None:
+                small.add(exact, value)
+            if k.whole:
+                kind = I8 if k.dot == "int8" else I16
+                codes = b.trunc(b.fptosi(value, vector(I32, STEP)), vector(kind, STEP))
+                e.store(self._ordered(e, codes), out, e.mul(step, STEP * kind.width // 8))
                 return value
         if k.dot == "fp32":
             e.store(value, out, e.mul(step, 4 * STEP))
@@ -481,17 +499,19 @@ class MicroKernels:
         scales_of = e.add(scales, e.mul(g, k.parts * k.panels * 64))
         for m, j in products.ones:
             sums_of = e.add(sums, e.mul(e.field(a, Arg.SUMS_STEP), m), e.mul(g, 8)) if k.sums else None
-            self._add_group(e, totals[m, j], products.sums[m, j].get(), scales_of, sums_of, j * self.bytes)
+            self._add_group(e, totals[m, j], products.total((m, j)), scales_of, sums_of, j * self.bytes)
 
     def dot(self, e: Emitter, total: Any, w: Any, x: Any) -> Any:
         if self.k.dot == "bf16":
             return e.dot_bf16(total, w, x)
+        if self.k.dot == "int16":
+            return e.dot_int16(total, w, x, fused="int8" in self.k.isa.dots)
         return e.dot_int8(total, w, x) if self.k.dot == "int8" else e.fma(w, e.cast(x, self.floats), total)
 
     def _add_group(self, e: Emitter, total: Any, value: Any, scales: Any, sums: Any, place: int) -> None:
         """total += (a group's sums, less zeros * sum of x) * scales"""
         k, b, lanes = self.k, e.builder, self.k.isa.lanes
-        if k.dot == "int8":
+        if k.whole:
             value = e.float_of_int(value)
         if not k.scale:
             total.set(b.fadd(total.get(), value))
@@ -500,7 +520,7 @@ class MicroKernels:
             shift = e.load(scales, self.floats, 64 * k.panels + place)
             value = e.fma(shift, e.splat(e.load(sums, F32), lanes), value)
         scale = e.load(scales, self.floats, place)
-        if k.int8:
+        if k.steps:
             scale = b.fmul(scale, e.splat(e.load(sums, F32, 4), lanes))
         total.set(e.fma(value, scale, total.get()))
 
@@ -523,6 +543,41 @@ class MicroKernels:
                 e.store(value, y, e.add(e.mul(m, step), PANEL * X_SIZES[k.y] * p))
 
 
+class _Small:
+    """What rounding to 16 bits does to the small activations of a group: those under an eighth of its largest.
+
+    Where one activation is hundreds of times as large as the others, those keep few bits; and if its weights are zero,
+    they are all there is. So nothing is multiplied in this form if the small ones are an eighth of a group or more and
+    their error is above 2^-9 of them (root mean square), half of what rounding them to bf16 makes at most; nor if
+    there is an Inf or NaN.
+    """
+
+    def __init__(self, e: Emitter) -> None:
+        self._e = e
+        self._errors, self._values, self._count = (e.variable(vector(F32, STEP)) for _ in range(3))
+
+    def add(self, exact: Any, rounded: Any) -> None:
+        """Elements in steps."""
+        e, b = self._e, self._e.builder
+        zero, kind = e.zero(exact.type), exact.type
+        chosen = b.fcmp_ordered("<", e.call_unary("fabs", exact), e.constant(kind, 4096.0))
+        error, value = b.fsub(exact, rounded), b.select(chosen, exact, zero)
+        error = b.select(chosen, error, zero)
+        self._errors.set(e.fma(error, error, self._errors.get()))
+        self._values.set(e.fma(value, value, self._values.get()))
+        self._count.set(b.fadd(self._count.get(), b.select(chosen, e.constant(kind, 1.0), zero)))
+
+    def too_small(self, total: Any, steps: Any) -> Any:
+        """total: of the group's integers, NaN if any is."""
+        e, b = self._e, self._e.builder
+        errors, values, count, total = (e.total(t) for t in (
+            self._errors.get(), self._values.get(), self._count.get(), total))  # fmt: skip
+        many = b.fcmp_ordered(">=", count, b.sitofp(e.mul(steps, STEP // 8), F32))
+        limit = b.fmul(values, ir.Constant(F32, 2.0**-18))
+        limit = b.select(b.fcmp_ordered(">", limit, ir.Constant(F32, 0.25)), limit, ir.Constant(F32, 0.25))
+        return b.or_(b.and_(many, b.fcmp_ordered(">", errors, limit)), b.fcmp_unordered("uno", total, total))
+
+
 class _Products:
     """The sums of a group for some rows and all columns of a block, one register each."""
 
@@ -532,21 +587,30 @@ class _Products:
         self._x = [e.add(x, e.mul(step, m)) for m in range(rows)]
         self._terms = [e.number(0), e.field(a, Arg.X_TERM)][: micro.k.terms]
         self.ones = [(m, j) for m in range(rows) for j in range(micro.registers)]
-        kind = micro.words if micro.k.dot == "int8" else micro.floats
-        self.sums = {one: e.variable(kind) for one in self.ones}
+        kind = micro.words if micro.k.whole else micro.floats
+        # One row has too few sums to hide the time of an addition; integers give the same whatever the order is.
+        self._ways, self._added = 2 if micro.k.whole and rows == 1 else 1, 0
+        self._sums = {one: [e.variable(kind) for _ in range(self._ways)] for one in self.ones}
 
     def clear(self) -> None:
-        for total in self.sums.values():
+        for total in (total for ways in self._sums.values() for total in ways):
             total.set(self._e.zero(total.kind))
+
+    def total(self, one: tuple[int, int]) -> Any:
+        first, *others = (total.get() for total in self._sums[one])
+        for other in others:
+            first = self._e.add(first, other)
+        return first
 
     def add(self, w: list[Any], place: Any, offset: int) -> None:
         """sums[m, j] += w[j] * x[m], x at a place of each row"""
-        e = self._e
+        e, way = self._e, self._added % self._ways
+        self._added += 1
         for term in self._terms:
             for m, x in enumerate(self._x):
                 value = e.splat(e.load(x, I32, e.add(place, term, offset)), self._micro.k.isa.lanes)
                 for j, one in enumerate(w):
-                    total = self.sums[m, j]
+                    total = self._sums[m, j][way]
                     total.set(self._micro.dot(e, total.get(), one, value))
 
 

@@ -41,6 +41,7 @@ class Arg(enum.IntEnum):
     PACK, GEMM = 35, 36  # functions of the kind; 0: x needs no packing
     CAME, PLANNED = 37, 38  # threads that have come at all; whether the items are there
     PACK_NEXT, PACKED = 39, 40  # the row to pack next; rows that are packed
+    WIDE = 41  # set if activations do not fit 16 bits: nothing is multiplied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Isa:
         cpu, features: as LLVM knows them.
         lanes: 32-bit values in a register.
         panels, rows: of the largest block of accumulators: rows * panels * 16 / lanes registers.
-        dots: "bf16" and "int8" where it has instructions for them; "fp32" everywhere.
+        dots: "bf16", "int8" and "int16" where it has instructions for them; "fp32" everywhere.
         halves: whether it converts between fp16 and fp32.
     """
 
@@ -72,8 +73,8 @@ class Kind:
     Attributes:
         format, bits, asym: of the weight.
         x, y: "bf16", "fp16" or "fp32".
-        dot: "bf16", "fp32" or "int8".
-        int8: activations are quantized by row and group, whatever the dot product.
+        dot: "bf16", "fp32", "int8" or "int16".
+        int8: activations are quantized to 8 bits by row and group, whatever the dot product.
         scale: dtype of scales and zeros, "" for none.
         scale_access: "vector" (n contiguous), "strided", "tensor" or "block128".
         source: order of the codes: "panels", "rows" ([N, K] as given) or "columns" ([K, N]).
@@ -107,12 +108,22 @@ class Kind:
 
     @property
     def operands(self) -> int:
-        return self.per_word // {"fp32": 1, "bf16": 2, "int8": 4}[self.dot]
+        return self.per_word // {"fp32": 1, "bf16": 2, "int8": 4, "int16": 2}[self.dot]
 
     @property
     def terms(self) -> int:
         """bf16 numbers that an activation is the sum of."""
         return 2 if self.dot == "bf16" and self.x == "fp16" else 1
+
+    @property
+    def steps(self) -> int:
+        """What the largest activation of a row and group is rounded to an integer as; 0 if it is not."""
+        return 127 if self.int8 else 32767 if self.dot == "int16" else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether products are added as integers."""
+        return self.dot.startswith("int")
 
     @property
     def registers(self) -> int:
@@ -122,7 +133,9 @@ class Kind:
     @property
     def offset(self) -> int:
         """A code as the dot product sees it, less the code itself."""
-        if self.dot == "int8":
+        if self.dot == "int16" and self.bits == 8:
+            return 0
+        if self.whole:
             return _UNSIGNED.get(self.format, 0)
         return -128 if self.dot == "bf16" and self.format == "int8_asym" else 0
 
@@ -151,7 +164,7 @@ class Kind:
     @property
     def sums(self) -> bool:
         """Whether anything is known of the activations of each group."""
-        return self.shifted or self.int8
+        return self.shifted or self.steps > 0
 
     @property
     def packs_x(self) -> bool:
