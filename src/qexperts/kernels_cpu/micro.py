@@ -55,13 +55,16 @@ class MicroKernels:
 
     # ---- weights
 
-    def operand_vectors(self, e: Emitter, word: Any, zeros: Any = None) -> list[Any]:
-        """A register of words -> its operands, as registers of 32-bit values."""
+    def operand_vectors(self, e: Emitter, word: Any, zeros: Any = None, in_place: bool = False) -> list[Any]:
+        """A register of words -> its operands, as registers of 32-bit values.
+
+        in_place: 16-bit operands of odd number are 2^bits times as large, which saves a shift.
+        """
         if self.k.dot == "fp32":
             values = [self._one_fp32(e, word, i) for i in range(self.k.per_word)]
             return values if zeros is None else [e.builder.fadd(value, zeros) for value in values]
         if self.k.dot == "int16":
-            return self._as_int16(e, word)
+            return self._as_int16(e, word, in_place)
         return self._as_bf16(e, word) if self.k.dot == "bf16" else self._as_bytes(e, word)
 
     def _as_bf16(self, e: Emitter, word: Any) -> list[Any]:
@@ -130,14 +133,19 @@ class MicroKernels:
         shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
         return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
 
-    def _as_int16(self, e: Emitter, word: Any) -> list[Any]:
+    def _as_int16(self, e: Emitter, word: Any, in_place: bool) -> list[Any]:
         k = self.k
         if k.format == "int8_sym":
             halves = e.cast(word, vector(I16, 2 * word.type.count))
             return [e.cast(e.bits(one, "ashr", 8), word.type) for one in (e.bits(halves, "shl", 8), halves)]
-        mask, flip = 0x10001 * ((1 << k.bits) - 1), 0x10001 * k.offset
-        shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
-        return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
+        found = []
+        for i in range(k.operands):
+            left = k.bits * (i % 2) if in_place and k.bits < 8 else 0
+            right = k.bits * i - left
+            shifted = e.bits(word, "lshr", right) if right else word
+            mask, flip = (0x10001 * value << left for value in ((1 << k.bits) - 1, k.offset))
+            found.append(e.bits(e.bits(shifted, "and_", mask), "xor", flip))
+        return found
 
     def gather(self, e: Emitter, a: Any, codes: Any, words: Any, out: Any) -> None:
         """Some words of a block of a weight in the public order -> panels [panels, words, 16]."""
@@ -416,7 +424,7 @@ class MicroKernels:
                 place = e.add(start, t)
                 words = [e.load(w, self.words, self._word_place(e, panel, place, j)) for j in range(self.registers)]
                 self._prefetch(e, a, w, panel, ahead, place, first)
-                found = [self.operand_vectors(e, *pair) for pair in zip(words, zeros, strict=True)]
+                found = [self.operand_vectors(e, *pair, products.in_place) for pair in zip(words, zeros, strict=True)]
                 for o in range(self.k.operands):
                     products.add([one[o] for one in found], e.mul(place, 4 * self.k.operands), 4 * o)
 
@@ -588,8 +596,9 @@ class _Products:
         self._terms = [e.number(0), e.field(a, Arg.X_TERM)][: micro.k.terms]
         self.ones = [(m, j) for m in range(rows) for j in range(micro.registers)]
         kind = micro.words if micro.k.whole else micro.floats
-        # One row has too few sums to hide the time of an addition; integers give the same whatever the order is.
-        self._ways, self._added = 2 if micro.k.whole and rows == 1 else 1, 0
+        # Few rows have too few sums to hide the time of an addition; integers give the same whatever the order is.
+        self.in_place = micro.k.dot == "int16" and rows <= 2
+        self._ways, self._added = 2 if self.in_place else 1, 0
         self._sums = {one: [e.variable(kind) for _ in range(self._ways)] for one in self.ones}
 
     def clear(self) -> None:
@@ -597,10 +606,11 @@ class _Products:
             total.set(self._e.zero(total.kind))
 
     def total(self, one: tuple[int, int]) -> Any:
-        first, *others = (total.get() for total in self._sums[one])
-        for other in others:
-            first = self._e.add(first, other)
-        return first
+        total = self._sums[one][0].get()
+        if not self.in_place:
+            return total
+        bits, odd = self._micro.k.bits, self._sums[one][1].get()
+        return self._e.builder.add(total, odd if bits == 8 else self._e.bits(odd, "ashr", bits))
 
     def add(self, w: list[Any], place: Any, offset: int) -> None:
         """sums[m, j] += w[j] * x[m], x at a place of each row"""
