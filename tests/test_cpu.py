@@ -60,6 +60,58 @@ def multiply(inputs: Inputs, weight: QuantWeight | None = None, **options: str) 
     return grouped_gemm(inputs.x, weight or inputs.weight, inputs.plan, out=out, backend="cpu", **options)
 
 
+# ---- activations as 16-bit integers
+
+
+def beside_one_of(size: float, rows: int = 9) -> Inputs:
+    """Activations beside a large one whose weights are zero: all that is multiplied is the small ones."""
+    generator = torch.Generator().manual_seed(0)
+    x, dense = torch.randn(rows, 256, generator=generator), torch.randn(2, 48, 256, generator=generator)
+    x[:, 7], dense[:, :, 7] = size, 0
+    weight = quantize(dense.bfloat16(), "int4_sym", group_size=128)
+    return Inputs.of(x.bfloat16(), weight, (rows - 2, 2))
+
+
+def calls_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dot product of every call, in order."""
+    made: list[str] = []
+    into = cpu_backend.BoundCall.into
+
+    def spied(self: cpu_backend.BoundCall, *tensors: Any) -> None:
+        made.append(self._kernel.kind.dot)
+        into(self, *tensors)
+
+    monkeypatch.setattr(cpu_backend.BoundCall, "into", spied)
+    return made
+
+
+@pytest.mark.parametrize("isa", [name for name in isas() if name != "plain"])
+def test_small_activations_beside_a_large_one_keep_their_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPERTS_CPU_ISA", isa)
+    made, exact = calls_made(monkeypatch), "bf16" if isa == "avx512_bf16" else "fp32"
+    for size, dots in ((100.0, ["int16"]), (1e4, ["int16", exact]), (float("inf"), ["int16", exact])):
+        inputs = beside_one_of(size)
+        made.clear()
+        y = multiply(inputs)
+        assert made == dots, size
+        if size < float("inf"):
+            assert_no_worse(y, inputs.oracle, inputs.peer, 256)
+
+
+def test_groups_that_are_small_throughout_or_zero_are_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calls_made(monkeypatch)
+    inputs = beside_one_of(1.0)
+    x = inputs.x.clone()
+    x[0] = 0
+    x[1, :128] *= 2.0**-20
+    x[2, 1:128] = 0
+    x[3, :120] = 3.0  # most are as large as the largest: the few small ones are no eighth
+    x[4] = torch.where(torch.arange(256) % 2 == 0, 0, x[4])
+    again = Inputs.of(x, inputs.weight, inputs.counts.tolist())
+    assert_no_worse(multiply(again), again.oracle, again.peer, 256)
+    assert made == (["int16"] if isas()[0] != "plain" else ["fp32"])
+
+
 # ---- instruction sets
 
 # A kind of kernel each; what one instruction set has in common for all formats needs no repetition.

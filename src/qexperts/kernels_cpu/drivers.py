@@ -17,8 +17,9 @@ from typing import Any
 
 from numba import njit
 
-from .micro import X_SIZES, MicroKernels
-from .spec import ITEM_ROWS, PANEL, Arg, Kind
+from .micro import MicroKernels
+from .packing import Packing
+from .spec import ITEM_ROWS, PANEL, X_SIZES, Arg, Kind
 from .vectors import I32, I64, Emitter, call_function, device_function, fetch_add, wait_for
 
 __all__ = ["compiled", "write_gemm", "write_pack", "write_run"]
@@ -138,7 +139,7 @@ def write_run(kind: Kind) -> Callable[[int], None]:
 
 
 def write_pack(kind: Kind) -> Callable[[int], None]:
-    pack_row = compiled(_wrap_pack_row(MicroKernels(kind)))
+    pack_row = compiled(_wrap_pack_row(Packing(kind)))
 
     def pack(a):  # type: ignore[no-untyped-def]
         rows = get(a, _S)
@@ -155,8 +156,8 @@ def write_pack(kind: Kind) -> Callable[[int], None]:
     return pack
 
 
-def _wrap_pack_row(micro: MicroKernels) -> Callable[..., None]:
-    emit = device_function(micro.pack_row)
+def _wrap_pack_row(packing: Packing) -> Callable[..., None]:
+    emit = device_function(packing.pack_row)
 
     def pack_row(a, x, out, sums):  # type: ignore[no-untyped-def]
         emit(a, x, out, sums)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-__all__ = ["ISA_VARIABLE", "ITEM_ROWS", "PANEL", "Arg", "Isa", "Kind"]
+__all__ = ["ISA_VARIABLE", "ITEM_ROWS", "PANEL", "X_SIZES", "Arg", "Isa", "Kind"]
 
 ISA_VARIABLE = "QEXPERTS_CPU_ISA"  # names an instruction set in place of the best
 PANEL = 16
+X_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of an activation
 ITEM_ROWS = 240  # of an item, at most: so often its unpacked weights are used, and a hot expert is many items
 # What a code becomes when its sign bit is flipped, less the code.
 _UNSIGNED = {"int8_sym": 128, "int4_sym": 8, "int2_sym": 2}

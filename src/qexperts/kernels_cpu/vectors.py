@@ -253,6 +253,12 @@ class Emitter:
     def float_of_int(self, value: Any) -> Any:
         return self.builder.sitofp(value, vector(F32, value.type.count))
 
+    def float_of(self, value: Any, dtype: str) -> Any:
+        """Elements of "fp32", "bf16" or "fp16" -> fp32."""
+        if dtype == "fp32":
+            return value
+        return self.float_of_bf16(value) if dtype == "bf16" else self.float_of_half(value)
+
     def float_of_bf16(self, value: Any) -> Any:
         """16-bit elements -> fp32."""
         wide = self.builder.zext(value, vector(I32, value.type.count))
