@@ -227,6 +227,7 @@ class Checkpoint:
                 where,
                 f"{self._shards.describe(f'{name}_blocks')}, which is MXFP4 (4-bit floats with a scale for 32 of them)",
                 {"checkpoints": "qexperts has no 4-bit float format; load the model dequantized and quantize that"},
+                answer="cannot read",
             )
         for suffix in ("_scale_inv", "_scale", "_scales"):
             if name + suffix in self.names:
@@ -234,6 +235,7 @@ class Checkpoint:
                     where,
                     f"{self._shards.describe(name)}, which is quantized ({name + suffix} is beside it)",
                     {"checkpoints": "quantized experts are read from one linear for each; save the model unfused"},
+                    answer="cannot read",
                 )
 
     def _label(self, module: str, scheme: Scheme | None) -> str:

@@ -91,7 +91,7 @@ def make_rules(where: str, config: Config, tensors: frozenset[str]) -> Callable[
 
 
 def _refuse(where: str, problem: str, reason: str) -> Any:
-    raise UnsupportedError(where, problem, {"checkpoints": reason})
+    raise UnsupportedError(where, problem, {"checkpoints": reason}, answer="cannot read")
 
 
 def _format(where: str, bits: Any, sym: bool) -> str:
@@ -117,12 +117,22 @@ def _block(where: str, block: Any) -> dict[str, Any]:
     return {"scale_layout": "block", "block": (block[0], block[1])}
 
 
-def _search(pattern: str, name: str) -> bool:
-    """re.search; no match for what is no regular expression, as in auto-round."""
+def _patterns(entries: Iterable[str], form: str = "{}") -> list[tuple[str, re.Pattern[str] | None]]:
+    """Entries of a config with their regular expressions; None for what is none, as the loaders have it."""
+    found: list[tuple[str, re.Pattern[str] | None]] = []
+    for entry in entries:
+        try:
+            found.append((entry, re.compile(form.format(entry))))
+        except re.error:
+            found.append((entry, None))
+    return found
+
+
+def _expression(where: str, pattern: str) -> re.Pattern[str]:
     try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return False
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is no regular expression ({error}); mend the config.") from error
 
 
 def _flat(names: Any) -> list[str]:
@@ -131,22 +141,6 @@ def _flat(names: Any) -> list[str]:
         return [name for name in names.split(",") if name]
     return [inner for name in names or () for inner in _flat(name)]
 
-
-def _excluded(module: str, patterns: Iterable[str]) -> str | None:
-    """The entry of modules_to_not_convert that excludes a module: from its start up to the end of a part, as a regular
-    expression up to there, or as a suffix (transformers.quantizers.quantizers_utils.should_convert_module)."""
-    for pattern in patterns:
-        if module.endswith(pattern):
-            return pattern
-        try:
-            if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
-                return pattern
-        except re.error:
-            continue
-    return None
-
-
-# auto-round ------------------------------------------------------------------------------------------------------
 
 _AUTO_ROUND_PACKINGS = {
     "auto_round": ("gptq", "raw"),
@@ -171,25 +165,27 @@ def _auto_round(where: str, config: Config, tensors: frozenset[str]) -> Callable
     if not any(name.startswith(block) for name in tensors for block in blocks):
         blocks = []  # they name another model's modules: of the composite model this one was taken from
     extra = dict(config.get("extra_config") or {})
-    patterns = [key for key in extra if not any(f"{key}.{s}" in tensors for s in ("weight", "qweight"))]
-    skipped = config.get("modules_to_not_convert") or []
-    inside = _flat(config.get("modules_in_block_to_quantize"))
+    patterns = _patterns(key for key in extra if not any(f"{key}.{s}" in tensors for s in ("weight", "qweight")))
+    skipped = _patterns(config.get("modules_to_not_convert") or [])
+    inside = _patterns(_flat(config.get("modules_in_block_to_quantize")))
 
     def settings(module: str) -> tuple[str | None, Mapping[str, Any]]:
         """The entry that names the module, and what it changes."""
         if module in extra:
             return f"extra_config[{module!r}]", extra[module]
-        for entry in (entry for entry in skipped if _search(entry, module)):
-            return f"modules_to_not_convert[{entry!r}]", {"bits": 16}
-        for key in (key for key in patterns if extra[key] and _search(key, module)):
-            return f"extra_config[{key!r}]", extra[key]
+        for entry, pattern in skipped:
+            if pattern and pattern.search(module):
+                return f"modules_to_not_convert {entry!r}", {"bits": 16}
+        for key, pattern in patterns:
+            if pattern and extra[key] and pattern.search(module):
+                return f"extra_config[{key!r}]", extra[key]
         return None, {}
 
     def rule(module: str) -> Rule:
         source, changes = settings(module)
         if source is None and blocks and not module.startswith(tuple(blocks)):
             return Rule(None, False, f"block_name_to_quantize {', '.join(blocks)}")
-        if source is None and inside and not any(_search(entry, module) for entry in inside):
+        if source is None and inside and not any(pattern and pattern.search(module) for _, pattern in inside):
             return Rule(None, False, "modules_in_block_to_quantize")
         options = {**config, **changes}
         if options.get("bits", 4) >= 16:
@@ -207,7 +203,7 @@ def _auto_round_scheme(where: str, packing: str, options: Config) -> Scheme:
     if kind == "dense":
         if bits != 8 or "fp" not in data_type:
             _refuse(where, f"{bits}-bit {data_type} in {packing}", "fp8 is read from this packing")
-        format = "fp8_e5m2" if "e5m2" in (data_type, options.get("fmt")) or "e5m2" in data_type else "fp8_e4m3"
+        format = "fp8_e5m2" if "e5m2" in f"{data_type} {options.get('fmt')}" else "fp8_e4m3"
         if isinstance(group_size, list | tuple):
             layout = _block(where, group_size)
         else:
@@ -221,17 +217,17 @@ def _auto_round_scheme(where: str, packing: str, options: Config) -> Scheme:
     return Scheme(method, kind, format, **_groups(where, group_size), zeros=zeros)
 
 
-# GPTQ and AWQ ----------------------------------------------------------------------------------------------------
-
-
 def _gptq(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str], Rule]:
     stored = str(config.get("checkpoint_format") or config.get("format") or "gptq")
     if stored not in ("gptq", "gptq_v2"):
         _refuse(where, f"checkpoint_format {stored!r}", "gptq and gptq_v2 are read; save the model in one of them")
     if str(config.get("pack_dtype") or "int32") != "int32":
         _refuse(where, f"pack_dtype {config['pack_dtype']!r}", "int32 is read; save the model with pack_dtype=int32")
-    dynamic = dict(config.get("dynamic") or {})
-    inside = _flat(config.get("modules_in_block_to_quantize"))
+    dynamic = []
+    for key, changes in (config.get("dynamic") or {}).items():
+        sign, pattern = (key[:2], key[2:]) if key[:2] in ("-:", "+:") else ("+:", key)
+        dynamic.append((key, sign, _expression(f"{where}: dynamic", pattern), changes))
+    inside = _patterns(_flat(config.get("modules_in_block_to_quantize")))
     zeros = "raw" if stored == "gptq_v2" else "word-1"
 
     def scheme(options: Config) -> Scheme:
@@ -241,14 +237,12 @@ def _gptq(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str]
     default = scheme(config)
 
     def rule(module: str) -> Rule:
-        for pattern, changes in dynamic.items():  # the first match decides
-            sign, expression = (pattern[:2], pattern[2:]) if pattern[:2] in ("-:", "+:") else ("+:", pattern)
-            if not re.match(expression, module):
-                continue
-            if sign == "-:":
-                return Rule(None, True, f"dynamic[{pattern!r}]")
-            return Rule(scheme({**config, **changes}), False, f"dynamic[{pattern!r}]")
-        if inside and not any(_search(entry, module) for entry in inside):
+        for key, sign, pattern, changes in dynamic:  # the first match decides
+            if pattern.match(module) and sign == "-:":
+                return Rule(None, True, f"dynamic[{key!r}]")
+            if pattern.match(module):
+                return Rule(scheme({**config, **changes}), False, f"dynamic[{key!r}]")
+        if inside and not any(pattern and pattern.search(module) for _, pattern in inside):
             return Rule(None, False, "modules_in_block_to_quantize")
         return Rule(default, False, f"checkpoint_format {stored}")
 
@@ -267,18 +261,18 @@ def _awq(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str],
 
 
 def _by_exclusion(config: Config, scheme: Scheme) -> Callable[[str], Rule]:
-    skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
+    """One scheme for all but modules_to_not_convert, whose entries stand for a module from its start up to the end of a
+    part, as a regular expression up to there, or as a suffix (should_convert_module of transformers)."""
+    entries = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
+    skipped = _patterns(entries, r"(?:{})(?:(?<=\.)|(?=\.|$))")
 
     def rule(module: str) -> Rule:
-        entry = _excluded(module, skipped)
-        if entry is not None:
-            return Rule(None, True, f"modules_to_not_convert {entry!r}")
+        for entry, pattern in skipped:
+            if module.endswith(entry) or (pattern and pattern.match(module)):
+                return Rule(None, True, f"modules_to_not_convert {entry!r}")
         return Rule(scheme, False, f"quant_method {config['quant_method']}")
 
     return rule
-
-
-# fp8 and compressed-tensors --------------------------------------------------------------------------------------
 
 
 def _fp8(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str], Rule]:
@@ -293,26 +287,30 @@ def _fp8(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str],
 
 
 def _compressed_tensors(where: str, config: Config, tensors: frozenset[str]) -> Callable[[str], Rule]:
-    ignored = list(config.get("ignore") or [])
     groups = dict(config.get("config_groups") or {})
     if not groups:
         raise ValueError(f'{where}: compressed-tensors without "config_groups"; expected at least one group.')
+
+    def matcher(entry: str) -> Callable[[str], object]:
+        return _expression(where, entry[3:]).match if entry.startswith("re:") else entry.__eq__
+
+    ignored = [(entry, matcher(entry)) for entry in config.get("ignore") or []]
+    targets = [(target, matcher(target), key) for key in groups for target in groups[key].get("targets") or []]
     # exact names before patterns before classes, as compressed-tensors orders them
-    targets = sorted((target.startswith("re:"), target, key) for key in groups for target in groups[key]["targets"])
+    targets.sort(key=lambda entry: (entry[0].startswith("re:"), entry[0]))
     schemes: dict[str, Scheme] = {}
 
-    def match(module: str, target: str) -> bool:
-        return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
-
     def rule(module: str) -> Rule:
-        for entry in ignored:
-            if match(module, entry):
+        for entry, match in ignored:
+            if match(module):
                 return Rule(None, True, f"ignore {entry!r}")
-        found = [(target, key) for _, target, key in targets if match(module, target)]
-        found += [(target, key) for _, target, key in targets if target == "Linear"]
+        found = [(target, key) for target, match, key in targets if match(module)]
+        found += [(target, key) for target, _, key in targets if target == "Linear"]
         if not found:
             return Rule(None, False, "config_groups, of which none targets it")
         target, key = found[0]
+        if not groups[key].get("weights"):
+            return Rule(None, target == module, f"config_groups[{key!r}], which has no weights")
         if key not in schemes:  # only groups that are asked for have to be readable
             schemes[key] = _compressed_scheme(f"{where}: config_groups[{key!r}]", config, groups[key])
         return Rule(schemes[key], target == module, f"config_groups[{key!r}]")
@@ -322,7 +320,7 @@ def _compressed_tensors(where: str, config: Config, tensors: frozenset[str]) -> 
 
 def _compressed_scheme(where: str, config: Config, group: Config) -> Scheme:
     stored = group.get("format") or config.get("format")
-    weights = group.get("weights") or {}
+    weights = group["weights"]
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
     sym, strategy = bool(weights.get("symmetric", True)), weights.get("strategy")
     if strategy is None:  # compressed-tensors' own default

@@ -47,12 +47,13 @@ class Shards:
         weight_map = self._weight_map()
         for file in dict.fromkeys(weight_map.values()) if weight_map is not None else (SINGLE,):
             handle = self._files[file] = self._open(file)
-            self._where.update(dict.fromkeys(handle.keys(), file))
-        for name, file in (weight_map or {}).items():
-            if name not in self._files[file].keys():  # noqa: SIM118 (a method of safetensors, not a mapping)
+            held = set(handle.keys())
+            self._where.update(dict.fromkeys(held, file))
+            absent = [name for name, listed in (weight_map or {}).items() if listed == file and name not in held]
+            if absent:
                 raise ValueError(
-                    f"Checkpoint.open: {path / INDEX} says that tensor {name} is in {file}, which lacks it; the index "
-                    f"belongs to other files. Copy the checkpoint again."
+                    f"Checkpoint.open: {path / INDEX} says that tensor {absent[0]} is in {file}, which lacks it (and "
+                    f"{len(absent) - 1} more); the index belongs to other files. Copy the checkpoint again."
                 )
         self._where.update(weight_map or {})
 
@@ -97,7 +98,7 @@ class Shards:
 
     def describe(self, name: str) -> str:
         """Tensor and file, for messages."""
-        return f"{name} of {self.path / self._where[name]}" if name in self._where else f"{name} of {self.path}"
+        return f"{name} of {self.path / self._where.get(name, '')}"
 
     def slice(self, name: str) -> Any:
         """A tensor that is not read yet: get_shape(), get_dtype(), and parts of it by indexing."""
