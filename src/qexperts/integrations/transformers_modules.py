@@ -71,7 +71,7 @@ class ExpertsSpec:
 
 
 def unsupported(where: str, problem: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(where, problem, {"transformers": reason})
+    return UnsupportedError(where, problem, {"transformers": reason}, answer="no support for")
 
 
 def experts_of(where: str, model: nn.Module) -> Iterator[tuple[ExpertsSpec, nn.Module]]:
