@@ -134,7 +134,8 @@ class Loading:
             install_slots(WHERE, model, self.own)
             left: Iterable[str] = self.checkpoint.names
         else:
-            left = self._install(model, rename)
+            with torch.device("cpu"):  # transformers makes the model under that of no memory
+                left = self._install(model, rename)
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._list(left, rename, shapes)
 
