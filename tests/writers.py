@@ -60,7 +60,7 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, *, format: str =
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
     if "block" in format:
-        config.hidden_size = 128
+        config.hidden_size, config.head_dim = 128, config.head_dim * 2 if architecture == "olmoe" else config.head_dim
         for name in ("moe_intermediate_size", "intermediate_size"):
             if hasattr(config, name):
                 setattr(config, name, 128)
