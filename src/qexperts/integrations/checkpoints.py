@@ -258,13 +258,14 @@ class Checkpoint:
         self, linears: Sequence[str], schemes: Sequence[Scheme | None], rows: Rows | None, names: Sequence[str]
     ) -> torch.Tensor:
         """The unquantized linears of one expert, concatenated: [N, K]."""
-        weights = [self._take(module, "weight") for module in linears]
-        for weight, scheme, name in zip(weights, schemes, names, strict=True):
+        for scheme, name in zip(schemes, names, strict=True):
             if scheme is not None:
                 raise ValueError(
                     f"{name} is quantized already ({scheme.method}), and convert is given; expected an unquantized "
                     f"expert. Leave convert out."
                 )
+        weights = [self._take(module, "weight") for module in linears]
+        for weight, name in zip(weights, names, strict=True):
             if weight.ndim != 2 or (weight.shape[1], weight.dtype) != (weights[0].shape[-1], weights[0].dtype):
                 raise ValueError(
                     f"{name} is {tuple(weight.shape)} {weight.dtype}; expected [N, {weights[0].shape[-1]}] in "

@@ -16,7 +16,6 @@ import torch
 
 from ..errors import UnsupportedError
 from ..formats import BLOCK, FORMATS, SCALE_DTYPES, WeightFormat, check_group_size
-from ..quantize import pack
 from .schemes import Scheme
 
 __all__ = [
@@ -241,19 +240,16 @@ def _awq(r: _Reader) -> Matrix:
     groups = r.groups("qweight", k)
     scales = r.get("scales", SCALE_DTYPES, (groups, n)).t().contiguous()
     stored = r.get("qzeros", (torch.int32,), (groups, n // r.per_word))
-    zeros = r.zeros(_awq_fields(stored), scales, "qzeros")
-    codes = _awq_fields(words)  # [K, N]
-    pairs = codes[0::2] | (codes[1::2] << 4)
-    return r.matrix(r.signed(pairs.t().contiguous()), scales, zeros)
+    zeros = r.zeros(_awq_columns(stored).permute(1, 2, 0).flatten(1), scales, "qzeros")
+    columns = _awq_columns(words)  # [8, K, N/8]
+    pairs = columns[:, 0::2] | (columns[:, 1::2] << 4)
+    return r.matrix(r.signed(pairs.permute(2, 0, 1).reshape(n, k // 2)), scales, zeros)
 
 
-def _awq_fields(words: torch.Tensor) -> torch.Tensor:
-    """[..., words] int32 -> [..., 8 * words] uint8 in AWQ's order of columns."""
+def _awq_columns(words: torch.Tensor) -> torch.Tensor:
+    """[rows, words] int32 -> [8, rows, words] uint8: column 8i+j of a row is [j, row, i]."""
     octets = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-    out = torch.empty(*words.shape, 8, dtype=torch.uint8)
-    for column, field in enumerate(AWQ_FIELD):
-        torch.bitwise_and(octets[..., field // 2] >> (4 * (field % 2)), 15, out=out[..., column])
-    return out.flatten(-2)
+    return torch.stack([(octets[..., field // 2] >> (4 * (field % 2))) & 15 for field in AWQ_FIELD])
 
 
 def _compressed(r: _Reader) -> Matrix:
@@ -283,14 +279,11 @@ def _dense(r: _Reader) -> Matrix:
     n, k = weight.shape
     name = "weight_scale_inv" if "weight_scale_inv" in r.tensors else "weight_scale"
     scales = _dense_scales(r, name, n, k)
-    if not integer:
-        return r.matrix(weight, scales, None)
-    codes = weight.view(torch.uint8)
     if not r.format.asym:
         r.no_zeros("weight_zero_point")
-        return r.matrix(codes, scales, None)
+        return r.matrix(weight.view(torch.uint8) if integer else weight, scales, None)
     stored = r.get("weight_zero_point", (torch.int8,), tuple(scales.shape))
-    return r.matrix(codes ^ 0x80, scales, (stored.to(torch.int16) + 128).to(scales.dtype))
+    return r.matrix(weight.view(torch.uint8) ^ 0x80, scales, (stored.to(torch.int16) + 128).to(scales.dtype))
 
 
 def _dense_scales(r: _Reader, name: str, n: int, k: int) -> torch.Tensor:
@@ -384,8 +377,15 @@ def sort_columns(m: Matrix) -> tuple[Matrix, torch.Tensor | None]:
     if m.g_idx is None:
         return m, None
     order = torch.argsort(m.g_idx, stable=True)
-    codes = torch.gather(fields(m.codes, m.format.bits), 1, order.expand(m.N, -1))  # 5x faster than index_select
-    return dataclasses.replace(m, codes=pack(codes, m.format), g_idx=None), order.to(torch.int32)
+    bits, count = m.format.bits, m.format.codes_per_byte
+    columns = m.codes.t().contiguous()  # columns as rows: whole rows move several times faster than single bytes
+    wide = torch.stack([(columns >> (bits * j)) & ((1 << bits) - 1) for j in range(count)], 1).flatten(0, 1)  # [K, N]
+    moved = wide.index_select(0, order)
+    codes = torch.zeros_like(columns)
+    for j in range(count):
+        codes |= moved[j::count] << (bits * j)
+    codes = codes.t().contiguous()
+    return dataclasses.replace(m, codes=codes, g_idx=None), order.to(torch.int32)
 
 
 def finish(m: Matrix, describe: str) -> Matrix:
