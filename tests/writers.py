@@ -96,7 +96,7 @@ class Codes:
 
 
 def integers(w: torch.Tensor, bits: int, sym: bool, size: int, group: torch.Tensor | None = None) -> Codes:
-    n, k = w.shape
+    k = w.shape[1]
     group = torch.arange(k) // size if group is None else group
     top = 2**bits - 1
     columns = [w[:, group == g] for g in range(k // size)]

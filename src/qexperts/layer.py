@@ -100,9 +100,7 @@ def _run(
     plan = TokenPlan.from_expert_ids(expert_ids, count)
     assert plan.row_to_slot is not None and plan.slot_to_row is not None and plan.row_to_token is not None
     row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, count - 1)
-    multiply = functools.partial(
-        grouped_gemm, backend=experts.backend, activation_format=experts.activation_format
-    )
+    multiply = functools.partial(grouped_gemm, backend=experts.backend, activation_format=experts.activation_format)
 
     if torch.is_grad_enabled() and x.requires_grad:  # the gradient of a repetition is a sum in a fixed order
         rows = x.repeat_interleave(top_k, 0).index_select(0, plan.row_to_slot)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -75,7 +74,7 @@ def from_pretrained(
     checkpoint, own = _open(Path(path))
     if own is not None and quantize is not None:
         raise ValueError(f"qexperts.from_pretrained: quantize={quantize!r}, but {path} is quantized; leave it out.")
-    config = transformers.AutoConfig.from_pretrained(path)
+    config: Any = transformers.AutoConfig.from_pretrained(path)
     for holder in (config, config.get_text_config(decoder=True)):
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
@@ -157,7 +156,9 @@ def quantize_experts(
         raise ValueError(f"{where}: the model is quantized already ({model.quantization_method}); load it unquantized.")
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+        conversions = [
+            c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
+        ]
     found = list(experts_of(where, model))
     while found:
         spec, module = found.pop(0)
@@ -166,6 +167,7 @@ def quantize_experts(
             for w in _matrices(where, spec, module)
         ]
         experts = _quantized(spec, module, weights, backend)
+        del weights
         replace(model, spec.name, experts)
         del module
         if prepare:
@@ -175,7 +177,7 @@ def quantize_experts(
     return model
 
 
-def _matrices(where: str, spec: ExpertsSpec, module: nn.Module) -> list[torch.Tensor]:
+def _matrices(where: str, spec: ExpertsSpec, module: Any) -> list[torch.Tensor]:
     """The weights of an experts module as [E, N, K]."""
     weights = [getattr(module, spec.up_name), module.down_proj]
     if any(w.is_meta for w in weights):
@@ -183,6 +185,7 @@ def _matrices(where: str, spec: ExpertsSpec, module: nn.Module) -> list[torch.Te
     return [w.mT if spec.transposed else w for w in weights]
 
 
-def _quantized(spec: ExpertsSpec, module: nn.Module, weights: list[QuantWeight], backend: str) -> QuantExperts:
+def _quantized(spec: ExpertsSpec, module: Any, weights: list[QuantWeight], backend: str) -> QuantExperts:
     biases = [getattr(module, f"{name}_bias") if spec.biased else None for name in (spec.up_name, "down_proj")]
-    return QuantExperts(*weights, spec.activation, gate_up_bias=biases[0], down_bias=biases[1], backend=backend)
+    gate_up, down = weights
+    return QuantExperts(gate_up, down, spec.activation, gate_up_bias=biases[0], down_bias=biases[1], backend=backend)

@@ -87,7 +87,7 @@ class _Projection:
     def _check(self, stored: StoredWeight) -> None:
         spec, weight, expected = self.slot.spec, stored.weight, self.slot.kinds[self.projection]
         shape = spec.shape(self.projection)
-        if (weight.E, weight.N, weight.K) != shape:
+        if shape != (weight.E, weight.N, weight.K):
             raise ValueError(
                 f"{WHERE}: {self.label} is {(weight.E, weight.N, weight.K)}; expected [E, N, K] = {shape}, as "
                 f"config.json has it. Config and tensors belong to different models."
@@ -241,9 +241,9 @@ class Loading:
                 label = f"{name} of {self.checkpoint.path}"
                 copied = ".experts." in target and self.own is not None  # its codes are permuted in place
                 self.tensors[name] = Lazy(
-                    lambda name=name, copied=copied: self.checkpoint.tensor(name).clone()
-                    if copied
-                    else self.checkpoint.tensor(name),
+                    lambda name=name, copied=copied: (
+                        self.checkpoint.tensor(name).clone() if copied else self.checkpoint.tensor(name)
+                    ),
                     label,
                     shapes.get(target),
                 )
@@ -291,14 +291,16 @@ def _unquantized(w: torch.Tensor) -> QuantWeight:
     return QuantWeight(w, None, None, "bf16" if w.dtype == torch.bfloat16 else "fp16")  # type: ignore[arg-type]
 
 
-def install_slots(where: str, model: nn.Module, own: Mapping[str, Any]) -> None:
+def install_slots(where: str, model: Any, own: Mapping[str, Any]) -> None:
     """The slots that config.json describes; see `transformers_slots.kinds_of`."""
     for spec, module in experts_of(where, model):
         if spec.name not in own:
             raise ValueError(f"{where}: quantization_config says nothing of {spec.name}; expected its formats.")
         entry = own[spec.name]
         kinds = {p: Kind(**entry[p]) for p in PROJECTIONS}
-        model.set_submodule(spec.name, Slot(spec, kinds, module.down_proj.dtype, input_order=entry["input_order"]))
+        model.set_submodule(
+            spec.name, Slot(spec, kinds, next(module.parameters()).dtype, input_order=entry["input_order"])
+        )
 
 
 def conversions_without_experts(conversions: Iterable[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ def _is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(type(module), "_apply_gate")
 
 
-def describe(where: str, name: str, module: nn.Module) -> ExpertsSpec:
+def describe(where: str, name: str, module: Any) -> ExpertsSpec:
     """What a module decorated by use_experts_implementation computes; see `experts_of`."""
     label = f"{name} ({type(module).__name__})"
     if getattr(module, "has_post_expert_norm", False):
@@ -123,7 +124,9 @@ def describe(where: str, name: str, module: nn.Module) -> ExpertsSpec:
     experts, rows, hidden = up.shape
     if tuple(down.shape) != (experts, hidden, rows // (2 if gated else 1)):
         raise unsupported(
-            where, label, f"{up_name} is {tuple(up.shape)} and down_proj {tuple(down.shape)}, no [E, 2I, H] and [E, H, I]"
+            where,
+            label,
+            f"{up_name} is {tuple(up.shape)}, down_proj {tuple(down.shape)}: no [E, 2I, H] and [E, H, I]",
         )
     interleaved = not getattr(module, "is_concatenated", True)
     activation = activation_of(module)
@@ -134,7 +137,7 @@ def describe(where: str, name: str, module: nn.Module) -> ExpertsSpec:
     )
 
 
-def activation_of(module: nn.Module) -> Activation:
+def activation_of(module: Any) -> Activation:
     """What lies between the two projections: a name where transformers' own default gate and a known function are used,
     else the module's own code, on a copy of the module without weights."""
     from transformers.integrations.moe import _default_apply_gate
@@ -201,7 +204,7 @@ def replace(model: nn.Module, name: str, experts: QuantExperts) -> None:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """`fused_experts` on the parameters of an experts module of transformers, as they are.
 
@@ -212,15 +215,12 @@ def experts_forward(
     if getattr(self, "has_post_expert_norm", False):
         raise unsupported(where, name, "it normalises the result of each expert (post_expert_norm)")
     gate_up, down = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
-    weights = [
-        _plain(where, name, w.mT if getattr(self, "is_transposed", False) else w)  # type: ignore[arg-type]
-        for w in (gate_up, down)
-    ]
+    weights = [_plain(where, name, w.mT if getattr(self, "is_transposed", False) else w) for w in (gate_up, down)]
     return _forward(self, weights, hidden_states, top_k_index, top_k_weights)
 
 
 def fp8_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """As `experts_forward`, for transformers' FP8Experts: e4m3 weights with a scale for 128 x 128 of them. Activations
     are not rounded to fp8."""
@@ -240,13 +240,15 @@ def fp8_experts_forward(
 
 
 def _forward(
-    module: nn.Module, weights: list[QuantWeight], x: torch.Tensor, ids: torch.Tensor, expert_weights: torch.Tensor
+    module: Any, weights: list[QuantWeight], x: torch.Tensor, ids: torch.Tensor, expert_weights: torch.Tensor
 ) -> torch.Tensor:
     biased = getattr(module, "has_bias", False)
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    gate_up, down = weights
     return fused_experts(
         x,
-        *weights,
+        gate_up,
+        down,
         ids,
         expert_weights,
         module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]

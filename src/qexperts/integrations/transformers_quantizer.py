@@ -6,8 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,7 +18,6 @@ METHOD = "qexperts"
 VERSION = 1
 
 
-@register_quantization_config(METHOD)
 class ExpertsConfig(QuantizationConfigMixin):
     """What config.json says of a model with `QuantExperts`.
 
@@ -59,43 +56,49 @@ class ExpertsConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-@register_quantizer(METHOD)
 class ExpertsQuantizer(HfQuantizer):
     """Puts slots where the experts are before transformers loads a model, and experts into them afterwards."""
 
-    quantization_config: ExpertsConfig
+    quantization_config: Any  # an ExpertsConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         return
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return False
 
     @property
     def is_compileable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if config._loading is not None:
             config._loading.install(model)
         else:
             install_slots("quantization_config", model, config.experts)
+        return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         fill("from_pretrained", model, config._running)
         mark(model, self)
+        return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         return conversions_without_experts(weight_conversions)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
         return public_state(model), {}
+
+
+# Called rather than written as decorators, which would hide the classes behind their bases.
+register_quantization_config(METHOD)(ExpertsConfig)
+register_quantizer(METHOD)(ExpertsQuantizer)
 
 
 def mark(model: Any, quantizer: ExpertsQuantizer | None = None) -> None:

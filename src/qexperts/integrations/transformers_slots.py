@@ -115,24 +115,25 @@ class Slot(_Place):
         Raises: ValueError for a tensor that was not loaded, UnsupportedError for one that is offloaded.
         """
         places = {f"{self.spec.name}.": self, **{f"{self.spec.name}.{p}.": getattr(self, p) for p in PROJECTIONS}}
+        if away := [
+            prefix for prefix, place in places.items() if any(p.is_meta for p in place.parameters(recurse=False))
+        ]:
+            raise unsupported(
+                where,
+                f"{', '.join(f'{prefix}*' for prefix in away)} offloaded to the CPU or a disk",
+                "experts stay on the device that runs them; give whole layers to devices in device_map",
+            )
         if missing := [prefix + name for prefix, place in places.items() for name in place.missing]:
             raise ValueError(f"{where}: the checkpoint lacks {', '.join(missing)}; copy it again.")
-        taken = {prefix: place.take() for prefix, place in places.items()}
-        for prefix, tensors in taken.items():
-            if any(t.is_meta for t in tensors.values()):
-                raise unsupported(
-                    where,
-                    f"{prefix}* offloaded to the CPU or a disk",
-                    "experts stay on the device that runs them; give whole layers to devices in device_map",
-                )
-        extra, gate_up, down = taken.values()
-        weights = [self.kinds[p].weight(t) for p, t in zip(PROJECTIONS, (gate_up, down), strict=True)]
-        device = weights[0].device
+        extra, gate_up, down = (place.take() for place in places.values())
+        w_gate_up, w_down = self.kinds["gate_up_proj"].weight(gate_up), self.kinds["down_proj"].weight(down)
+        device = w_gate_up.device
         if (order := self.orders.pop("down_proj", None)) is not None:
-            fold_order(self.spec, weights[0], extra.get("gate_up_bias"), order.to(device))
+            fold_order(self.spec, w_gate_up, extra.get("gate_up_bias"), order.to(device))
         order = self.orders.pop("gate_up_proj", None)
         experts = QuantExperts(
-            *weights,
+            w_gate_up,
+            w_down,
             self.spec.activation,
             gate_up_bias=extra.get("gate_up_bias"),
             down_bias=extra.get("down_bias"),
@@ -151,7 +152,7 @@ def fill(where: str, model: nn.Module, running: Running) -> None:
 
 
 def kinds_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module -> what a config.json has to say of its experts; the inverse of `slots_from`."""
+    """Module -> what a config.json has to say of its experts."""
     return {
         name: {
             "gate_up_proj": dataclasses.asdict(Kind.of(module.gate_up)),
@@ -178,5 +179,3 @@ def public_state(model: nn.Module) -> dict[str, torch.Tensor]:
                 if (t := getattr(public, part)) is not None:
                     state[f"{name}.{projection}.{part}"] = t.detach()
     return state
-
-
