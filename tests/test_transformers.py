@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,43 @@ def test_bytes_of_prepared_experts() -> None:
         if ".experts." in name and torch.is_tensor(t)
     )
     assert kept <= 0.27 * dense
+
+
+MEMORY_PROBE = """
+import json, re, sys, threading, torch, qexperts, qexperts.integrations.transformers
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+small, large, backend = sys.argv[1:]
+qexperts.from_pretrained(small, quantize="int4_sym", group_size=32, backend=backend)  # imports, threads
+before, peak, done = anonymous(), [0], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+model = qexperts.from_pretrained(large, quantize="int4_sym", backend=backend)
+done.set()
+thread.join()
+print(json.dumps([peak[0] - before, sum(p.nbytes for p in model.parameters())]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process's memory")
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_memory_while_loading(tmp_path: Path, backend: str) -> None:
+    """The peak is at most 1.2 times what stays, plus a few MB for Python and the allocator: no dense copy."""
+    writers.tiny("qwen3_moe").save_pretrained(tmp_path / "small")
+    config = writers.CONFIGS["qwen3_moe"]()
+    config.hidden_size, config.moe_intermediate_size, config.num_local_experts = 512, 256, 64
+    config.num_experts, config.num_hidden_layers = 64, 4
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "large")
+    command = [sys.executable, "-c", MEMORY_PROBE, *(str(tmp_path / size) for size in ("small", "large")), backend]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    peak, resident = json.loads(run.stdout.splitlines()[-1])
+    assert peak <= 1.2 * resident + 2**23, (peak, resident)
 
 
 def test_devices_by_layer(tmp_path: Path) -> None:
@@ -369,12 +408,13 @@ def test_compile_without_graph_breaks(architecture: str, how: str, on_torch: Non
         quantize_experts(model, "int4_sym", group_size=32, backend="torch")
     else:
         model.set_experts_implementation("qexperts")
-    expected = logits(model)
-    layer = model.model.layers[1]
-    layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager", dynamic=True)
-    torch.testing.assert_close(logits(model), expected, rtol=0.02, atol=0.02)
+    prompts = (IDS, IDS[:, :7])
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS[:, :7]).logits, expected[:, :7], rtol=0.02, atol=0.02)
+        expected = [model(ids).logits for ids in prompts]
+        layer = model.model.layers[1]
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager", dynamic=True)
+        for ids, y in zip(prompts, expected, strict=True):
+            torch.testing.assert_close(model(ids).logits, y, rtol=1e-2, atol=1e-2)
 
 
 # ---- refused

@@ -58,7 +58,8 @@ def from_pretrained(
             stay bf16 or fp16.
         group_size: as for `quantize`; of scales in the dtype of the model.
         dtype: of the model; default: what config.json says, else that of its first floating tensor.
-        device_map: as for transformers, whole layers to a device; experts are not offloaded.
+        device_map: as for transformers, whole layers to a device; experts are not offloaded. Prepared experts stay on
+            the kind of device that they were loaded to.
         backend: as for `QuantExperts`.
         prepare: whether to bring the experts into the layout in which the backend runs fastest.
         kwargs: passed on to transformers' from_pretrained.
@@ -149,7 +150,8 @@ def quantize_experts(
         backend, prepare: as for `from_pretrained`.
     Returns: the model.
     Raises: ValueError if it is quantized already, or the format does not fit its sizes; UnsupportedError for experts
-        that cannot be run. A model is left as it was if its first layer raises.
+        that cannot be run. What raises in the first layer leaves the model as it was; what raises in a later one
+        leaves it partly quantized.
     """
     where = "qexperts.quantize_experts"
     if getattr(model, "hf_quantizer", None) is not None:

@@ -136,7 +136,8 @@ class Loading:
         else:
             with torch.device("cpu"):  # transformers makes the model under that of no memory
                 left = self._install(model, rename)
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        converted = _converted(model)
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if not converted(name)}
         self._list(left, rename, shapes)
 
     def _install(self, model: nn.Module, rename: Callable[[str], str]) -> Iterable[str]:
@@ -237,15 +238,11 @@ class Loading:
                     shapes.get(rename(f"{module}.weight")),
                 )
             for name in members:
-                target = rename(name)
-                label = f"{name} of {self.checkpoint.path}"
-                copied = ".experts." in target and self.own is not None  # its codes are permuted in place
+                # a copy: codes are permuted in place, and a model must not depend on its files
                 self.tensors[name] = Lazy(
-                    lambda name=name, copied=copied: (
-                        self.checkpoint.tensor(name).clone() if copied else self.checkpoint.tensor(name)
-                    ),
-                    label,
-                    shapes.get(target),
+                    lambda name=name: self.checkpoint.tensor(name).clone(),
+                    f"{name} of {self.checkpoint.path}",
+                    shapes.get(rename(name)),
                 )
 
     def check(self, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -331,6 +328,16 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
         return name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 
     return rename
+
+
+def _converted(model: Any) -> Callable[[str], bool]:
+    """Whether transformers changes more than the name of a tensor, after which its shape may be another."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    conversions = conversions_without_experts(get_model_conversion_mapping(model))
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    return lambda name: any(c.rename_source_key(name)[1] is not None for c in converters)
 
 
 def _locate(
