@@ -93,12 +93,11 @@ def test_memory_while_loading(plain: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("how", ["auto", "by layer"])
-def test_layers_on_two_gpus(plain: Path, reference: torch.Tensor, how: str, tmp_path: Path) -> None:
+def test_layers_on_two_gpus(plain: Path, reference: torch.Tensor, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     layers = {f"model.layers.{i}": i // 2 for i in range(4)}
     rest = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    device_map = how if how == "auto" else {**layers, **rest}
+    device_map = {**layers, **rest}
     model = from_pretrained(plain, quantize="int4_sym", device_map=device_map)
     devices = {m.gate_up.device.index for m in model.modules() if isinstance(m, QuantExperts)}
     assert devices == {0, 1}

@@ -211,6 +211,21 @@ def test_memory_while_loading(tmp_path: Path, backend: str) -> None:
     assert peak <= 1.2 * resident + 2**23, (peak, resident)
 
 
+def test_dtypes(tmp_path: Path) -> None:
+    """The argument, else what the config says, else that of the tensors."""
+    plain = writers.tiny("qwen3_moe", torch.bfloat16)
+    plain.save_pretrained(tmp_path)
+    options = {"quantize": "int4_sym", "group_size": 32, "backend": "torch"}
+    assert from_pretrained(tmp_path, **options).dtype == torch.bfloat16
+    model = from_pretrained(tmp_path, dtype=torch.float16, **options)
+    assert model.dtype == torch.float16 and experts_of(model)[0].gate_up.scale_dtype == torch.float16
+    assert logits(model).isfinite().all()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path, **options).dtype == torch.bfloat16
+
+
 def test_devices_by_layer(tmp_path: Path) -> None:
     plain = writers.tiny("deepseek_v3")
     plain.save_pretrained(tmp_path)

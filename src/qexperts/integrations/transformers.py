@@ -115,7 +115,8 @@ def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
         if found is not None:
             return getattr(torch, found) if isinstance(found, str) else found
     for name in sorted(checkpoint.names):
-        t = checkpoint._shards.read(name)
+        t = checkpoint.tensor(name)
+        checkpoint.used.discard(name)  # a look is no use of it
         if t.dtype in (torch.bfloat16, torch.float16, torch.float32):
             return t.dtype
     return torch.get_default_dtype()
