@@ -211,6 +211,20 @@ def test_memory_while_loading(tmp_path: Path, backend: str) -> None:
     assert peak <= 1.2 * resident + 2**23, (peak, resident)
 
 
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """lm_head is not on disk, and no parameter that the checkpoint lacks."""
+    config = writers.CONFIGS["olmoe"]()
+    config.tie_word_embeddings = True
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    assert "lm_head.weight" not in load_file(tmp_path / "plain" / "model.safetensors")
+    model = from_pretrained(tmp_path / "plain", quantize="int8_sym", group_size=32, backend="torch")
+    assert_same(model, dequantized(plain, "int8_sym"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(logits(from_pretrained(tmp_path / "own", backend="torch")), logits(model))
+
+
 def test_dtypes(tmp_path: Path) -> None:
     """The argument, else what the config says, else that of the tensors."""
     plain = writers.tiny("qwen3_moe", torch.bfloat16)

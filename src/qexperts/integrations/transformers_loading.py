@@ -280,7 +280,7 @@ class Loading:
         warnings.warn(
             f"{WHERE}: {len(self.dequantized)} quantized linears of {self.checkpoint.path} that are no experts (such "
             f"as {self.dequantized[0]}) have been dequantized to {self.dtype}; {runner} would run them packed.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -165,7 +165,8 @@ def kinds_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def public_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a model with its experts in the public layout; prepared ones are restored into new tensors."""
+    """The state dict of a model with its experts in the public layout; prepared ones are restored into new tensors, on
+    the CPU."""
     state = {name: t for name, t in model.state_dict().items() if not name.endswith("._extra_state")}
     for name, module in model.named_modules():
         if not isinstance(module, QuantExperts):
@@ -174,7 +175,7 @@ def public_state(model: nn.Module) -> dict[str, torch.Tensor]:
             held = getattr(module, projection).weight()
             for part in _PARTS:
                 state.pop(f"{name}.{projection}.{part}", None)
-            public = unprepare(held)
+            public = held if held.weight_layout == "public" else unprepare(held).to("cpu")
             for part in _PARTS:
                 if (t := getattr(public, part)) is not None:
                     state[f"{name}.{projection}.{part}"] = t.detach()
