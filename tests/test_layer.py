@@ -629,3 +629,30 @@ def test_silu_is_the_default() -> None:
     assert torch.equal(named, fused_experts(x, *layer_for("int8_sym"), ids, weights))
     by_hand = fused_experts(x, *layer_for("int8_sym"), ids, weights, lambda h: F.silu(h[:, :I]) * h[:, I:])
     assert torch.equal(named, by_hand)
+
+
+@pytest.mark.parametrize("fmt", ["int4_asym", "int8_sym"])
+def test_input_order(fmt: str) -> None:
+    """Column j of an expert multiplies the input that its order says: the same as weights with sorted columns."""
+    w_gate_up, w_down = layer_for(fmt)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.stack([torch.randperm(H, generator=generator) for _ in range(E)]).to(torch.int32)
+    module = QuantExperts(w_gate_up, w_down, input_order=order, backend="torch")
+    dense = dequantize(w_gate_up, torch.float32)
+    natural = torch.empty_like(dense)
+    for e in range(E):
+        natural[e, :, order[e].long()] = dense[e]
+    x, (ids, weights) = activations(9, torch.float32), routing(9, 3, sentinels=True)
+    expected = []
+    for t in range(9):
+        total = torch.zeros(H)
+        for e, weight in zip(ids[t].tolist(), weights[t], strict=True):
+            if 0 <= e < E:
+                gate, up = (natural[e] @ x[t]).chunk(2)
+                total += weight * (dequantize(w_down, torch.float32)[e] @ (torch.nn.functional.silu(gate) * up))
+        expected.append(total)
+    torch.testing.assert_close(module(x, ids, weights), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert torch.equal(module.half().input_order, order) and "input_order" in module.state_dict()
+    for wrong in (order[:2], order.long()):
+        with pytest.raises(ValueError, match=r"input_order is .* expected \[E, H\] = \(5, 64\) int32"):
+            QuantExperts(w_gate_up, w_down, input_order=wrong)

@@ -3,6 +3,8 @@
 y[r] = x[r] @ dequantize(w)[e(r)].T
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import library as library  # registers the operators
 from ._version import __version__
 from .backends import Answer, Problem, explain
@@ -22,6 +24,10 @@ from .ops import (
 )
 from .plan import TileSchedule, TokenPlan, tile_schedule
 from .quantize import dequantize, pack, quantize, unpack
+
+if TYPE_CHECKING:
+    from .integrations.transformers import from_pretrained as from_pretrained
+    from .integrations.transformers import quantize_experts as quantize_experts
 
 __all__ = [
     "FORMATS",
@@ -51,3 +57,18 @@ __all__ = [
     "unpack",
     "unprepare",
 ]
+
+# Functions of this package that need transformers, imported when they are asked for. Not in __all__: `import *` would.
+_TRANSFORMERS = ("from_pretrained", "quantize_experts")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(".integrations.transformers", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRANSFORMERS})

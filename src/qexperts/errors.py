@@ -8,14 +8,14 @@ __all__ = ["UnsupportedError"]
 
 
 class UnsupportedError(RuntimeError):
-    """No backend can run a problem that is in itself well formed.
+    """No backend can run, or no reader can read, what is in itself well formed.
 
     Attributes:
-        reasons: backend name -> why it cannot run.
+        reasons: name of a backend or reader -> why it cannot.
     """
 
-    def __init__(self, where: str, problem: str, reasons: Mapping[str, str]) -> None:
+    def __init__(self, where: str, problem: str, reasons: Mapping[str, str], *, answer: str = "no backend for") -> None:
         self.reasons = dict(reasons)
-        lines = [f"{where}: no backend for {problem}."]
+        lines = [f"{where}: {answer} {problem}."]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         super().__init__("\n".join(lines))

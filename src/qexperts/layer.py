@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,28 +66,57 @@ def fused_experts(
     Deterministic, forward and backward. Differentiable with respect to x and expert_weights. Synchronisation and CUDA
     graphs as `grouped_gemm`.
     """
-    where, experts = "fused_experts", w_gate_up.E
+    experts = _Experts(w_gate_up, w_down, activation, gate_up_bias, down_bias, None, backend, activation_format)
+    return _run("fused_experts", x, experts, expert_ids, expert_weights)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Experts:
+    """All that a layer of experts is, but for the tokens; fields as the arguments of `fused_experts`.
+
+    Attributes:
+        input_order: [E, H]; int32; each row a permutation: column j of w_gate_up[e] multiplies x[:, input_order[e, j]].
+            None if that is x[:, j].
+    """
+
+    w_gate_up: QuantWeight
+    w_down: QuantWeight
+    activation: Activation
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    input_order: torch.Tensor | None
+    backend: str
+    activation_format: str | None
+
+
+def _run(
+    where: str, x: torch.Tensor, experts: _Experts, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+) -> torch.Tensor:
+    w_gate_up, w_down, count = experts.w_gate_up, experts.w_down, experts.w_gate_up.E
     x = check_activations(where, x, w_gate_up.K, w_gate_up.device)
-    _check_weights(where, w_gate_up, w_down, activation, gate_up_bias, down_bias, x.dtype)
+    _check_weights(where, experts, x.dtype)
     _check_routing(where, x, expert_ids, expert_weights)
     tokens, top_k = expert_ids.shape
-    plan = TokenPlan.from_expert_ids(expert_ids, experts)
+    plan = TokenPlan.from_expert_ids(expert_ids, count)
     assert plan.row_to_slot is not None and plan.slot_to_row is not None and plan.row_to_token is not None
-    row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, experts - 1)
+    row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, count - 1)
+    multiply = functools.partial(grouped_gemm, backend=experts.backend, activation_format=experts.activation_format)
 
     if torch.is_grad_enabled() and x.requires_grad:  # the gradient of a repetition is a sum in a fixed order
         rows = x.repeat_interleave(top_k, 0).index_select(0, plan.row_to_slot)
     else:
         rows = x.index_select(0, plan.row_to_token)
-    h = grouped_gemm(rows, w_gate_up, plan, backend=backend, activation_format=activation_format)
-    if gate_up_bias is not None:
-        h = h + gate_up_bias.index_select(0, row_expert)
-    h = _activate(where, h, activation, w_down.K)
-    y = grouped_gemm(h, w_down, plan, backend=backend, activation_format=activation_format)
-    if down_bias is not None:
-        y = y + down_bias.index_select(0, row_expert)
+    if experts.input_order is not None:
+        rows = rows.gather(1, experts.input_order.index_select(0, row_expert).long())
+    h = multiply(rows, w_gate_up, plan)
+    if experts.gate_up_bias is not None:
+        h = h + experts.gate_up_bias.index_select(0, row_expert)
+    h = _activate(where, h, experts.activation, w_down.K)
+    y = multiply(h, w_down, plan)
+    if experts.down_bias is not None:
+        y = y + experts.down_bias.index_select(0, row_expert)
     y = y.index_select(0, plan.slot_to_row).view(tokens, top_k, w_down.N)
-    weights = torch.where((expert_ids >= 0) & (expert_ids < experts), expert_weights.float(), 0.0)
+    weights = torch.where((expert_ids >= 0) & (expert_ids < count), expert_weights.float(), 0.0)
     return (y * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -99,10 +129,13 @@ class QuantExperts(nn.Module):
 
     Args:
         w_gate_up, w_down, activation, gate_up_bias, down_bias, backend, activation_format: as for `fused_experts`.
+        input_order: [E, H]; int32; each row a permutation: column j of w_gate_up[e] multiplies x[:, input_order[e, j]]
+            (weights whose groups were formed in another order than that of their inputs). Default: x[:, j].
     """
 
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    input_order: nn.Parameter | None
 
     def __init__(
         self,
@@ -112,16 +145,21 @@ class QuantExperts(nn.Module):
         *,
         gate_up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
+        input_order: torch.Tensor | None = None,
         backend: str = "auto",
         activation_format: str | None = None,
     ) -> None:
         super().__init__()
-        _check_weights("QuantExperts", w_gate_up, w_down, activation, gate_up_bias, down_bias, None)
+        experts = _Experts(
+            w_gate_up, w_down, activation, gate_up_bias, down_bias, input_order, backend, activation_format
+        )
+        _check_weights("QuantExperts", experts, None)
         check_activation_format("QuantExperts", activation_format, traced=False)
         self.gate_up_proj = QuantProjection(w_gate_up)
         self.down_proj = QuantProjection(w_down)
         self.register_parameter("gate_up_bias", _frozen(gate_up_bias))
         self.register_parameter("down_bias", _frozen(down_bias))
+        self.register_parameter("input_order", _frozen(input_order))
         self.activation = activation
         self.backend = backend
         self.activation_format = activation_format
@@ -150,17 +188,22 @@ class QuantExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states."""
-        out = fused_experts(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
+        experts = _Experts(
             self.gate_up,
             self.down,
+            self.activation,
+            self.gate_up_bias,
+            self.down_bias,
+            self.input_order,
+            self.backend,
+            self.activation_format,
+        )
+        out = _run(
+            "QuantExperts",
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            experts,
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
-            self.activation,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-            backend=self.backend,
-            activation_format=self.activation_format,
         )
         return out.view(hidden_states.shape)
 
@@ -245,16 +288,9 @@ def _activate(where: str, h: torch.Tensor, activation: Activation, columns: int)
     return act(gate) * up
 
 
-def _check_weights(
-    where: str,
-    w_gate_up: QuantWeight,
-    w_down: QuantWeight,
-    activation: Activation,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    dtype: torch.dtype | None,
-) -> None:
+def _check_weights(where: str, experts: _Experts, dtype: torch.dtype | None) -> None:
     """dtype: of the biases; None for any."""
+    w_gate_up, w_down, activation = experts.w_gate_up, experts.w_down, experts.activation
     e, n, h, i = w_gate_up.E, w_gate_up.N, w_gate_up.K, w_down.K
     if (e, h) != (w_down.E, w_down.N) or w_down.device != w_gate_up.device:
         raise ValueError(
@@ -272,7 +308,16 @@ def _check_weights(
                 f"{where}: w_gate_up is {(e, n, h)}, w_down {(e, h, i)}; expected [E, 2I, H], or [E, I, H] without a "
                 f"gate, with I={i} from w_down. Anything else needs a function as activation."
             )
-    for name, bias, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
+    order = experts.input_order
+    if order is not None and (
+        tuple(order.shape) != (e, h) or order.dtype != torch.int32 or order.device != w_gate_up.device
+    ):
+        raise ValueError(
+            f"{where}: input_order is {tuple(order.shape)} {order.dtype} on {order.device}; expected [E, H] = {(e, h)} "
+            f"int32 on {w_gate_up.device}."
+        )
+    biases = (("gate_up_bias", experts.gate_up_bias, (e, n)), ("down_bias", experts.down_bias, (e, h)))
+    for name, bias, shape in biases:
         if bias is None:
             continue
         if tuple(bias.shape) != shape or bias.device != w_gate_up.device or bias.dtype != (dtype or bias.dtype):

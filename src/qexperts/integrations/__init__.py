@@ -1,0 +1,1 @@
+"""Other projects' files and interfaces, converted to and from qexperts."""
