@@ -35,7 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qexperts import FORMATS, QuantWeight
-from qexperts.kernels import config, decode, permute, prefill, schedule
+from qexperts.kernels import between, config, decode, permute, prefill, schedule
 from qexperts.kernels.operand import operand
 
 TARGETS = {
@@ -44,7 +44,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = ("prefill", "decode", "decode-auto", "schedule", "permute")
+BETWEEN = ("sort", *(f"gate-{name}" for name in between.ACTIVATIONS), "combine")
+KERNELS = ("prefill", "decode", "decode-auto", "schedule", "permute", *BETWEEN)
 QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt.quantized)
 N, K, ROWS, EXPERTS = 3072, 1536, 4096, 256  # the recorded workload's projection
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,7 +76,7 @@ class Build:
     why: str = ""
 
     def __str__(self) -> str:
-        if self.kernel == "schedule":
+        if self.kernel == "schedule" or self.kernel in BETWEEN:
             return f"{self.kernel}-{self.dtype}-{self.target}"
         if self.kernel == "permute":
             return f"{self.kernel}-{self.format}-{self.dtype}-{self.target}"
@@ -162,6 +163,8 @@ def launch(build: Build) -> None:
         schedule.launch(tiles, y, counts)
     elif build.kernel == "permute":
         permute.launch(x, x, fmt.name)
+    elif build.kernel in BETWEEN:
+        launch_between(build.kernel, y)
     elif build.kernel == "prefill":
         c = config.prefill_config(w, dtype, nvidia)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
@@ -169,6 +172,17 @@ def launch(build: Build) -> None:
         slots, condition = (EXPERTS if build.many else 8), 2 if build.kernel == "decode-auto" else 0
         d = config.decode_config(w, nvidia, slots, PROCESSORS)
         decode.launch(y, x, w, counts, d, 4, condition, path)
+
+
+def launch_between(kernel: str, y: torch.Tensor) -> None:
+    ids = torch.empty(ROWS // 8, 8, dtype=torch.int64, device="meta")
+    slots, counts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (ROWS, EXPERTS))
+    if kernel == "sort":
+        between.sort(slots, slots, slots, counts, ids)
+    elif kernel == "combine":
+        between.combine(y[: ROWS // 8], y, slots, ids, torch.empty(ids.shape, device="meta"), EXPERTS)
+    else:
+        between.gate(y[:, : N // 2], y, kernel.removeprefix("gate-"))
 
 
 def compile_launch(build: Build) -> Any:
@@ -235,7 +249,7 @@ def full_matrix() -> list[Build]:
     """Every kernel x format x dtype x layout x target; scales of another dtype and ragged K for sm_90 and gfx942."""
     builds = []
     for target, dtype in itertools.product(TARGETS, ("bf16", "fp16")):
-        builds.append(Build("schedule", target, dtype=dtype, scales=dtype))
+        builds += [Build(kernel, target, dtype=dtype, scales=dtype) for kernel in ("schedule", *BETWEEN)]
         builds += [
             Build("permute", target, fmt, "public", dtype, dtype) for fmt in ("int8_sym", "int4_sym", "int2_sym")
         ]

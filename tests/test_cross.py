@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from cross import KERNELS, TARGETS, Build, compile_launch, compiled, full_matrix, problem
+from cross import BETWEEN, KERNELS, TARGETS, Build, compile_launch, compiled, full_matrix, problem
 from hazards import overwritten
 
 FAMILIES = ("int8_sym", "int4_sym", "int2_sym", "fp8_e4m3")
@@ -27,6 +27,7 @@ SM_90 = [
     *(Build(kernel, format="bf16", layout="strided") for kernel in GEMMS),
     *(Build("permute", format=fmt, layout="public") for fmt in FAMILIES[:3]),
     Build("schedule"),
+    *(Build(kernel) for kernel in BETWEEN),
     Build("prefill", format="bf16", layout="transposed", why="moe_gemm: [E, K, N]"),
     Build("prefill", format="int4_asym", why="the format of most checkpoints: zeros next to the scales"),
     Build("prefill", dtype="fp16", scales="fp16", why="another magic exponent"),
@@ -41,6 +42,7 @@ ELSEWHERE = [
     *(Build("prefill", target, "bf16", "strided") for target in ("sm_80", "sm_100", "gfx942")),
     *(Build(kernel, "gfx942") for kernel in ("decode", "decode-auto", "schedule")),
     Build("permute", "gfx942", layout="public"),
+    *(Build(kernel, "gfx942") for kernel in ("sort", "gate-gelu", "combine")),
     Build("decode", "sm_80"),
 ]
 

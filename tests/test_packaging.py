@@ -37,6 +37,7 @@ LAYERS = (
     "checks",
     "ops",
     "library",
+    "steps",
     "layer",
     "testing",
     "integrations",

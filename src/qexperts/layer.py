@@ -8,25 +8,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .checks import check_activation_format, check_activations
 from .formats import QuantWeight
-from .ops import grouped_gemm, prepare
-from .plan import TokenPlan
+from .ops import grouped_gemm, prepare, traced
+from .steps import ACTIVATIONS, KernelSteps, TorchSteps
 
 __all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "fused_experts"]
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
-
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda t: F.relu(t).square(),
-}
 
 
 def fused_experts(
@@ -92,32 +83,47 @@ class _Experts:
 def _run(
     where: str, x: torch.Tensor, experts: _Experts, expert_ids: torch.Tensor, expert_weights: torch.Tensor
 ) -> torch.Tensor:
-    w_gate_up, w_down, count = experts.w_gate_up, experts.w_down, experts.w_gate_up.E
-    x = check_activations(where, x, w_gate_up.K, w_gate_up.device)
+    x = check_activations(where, x, experts.w_gate_up.K, experts.w_gate_up.device)
     _check_weights(where, experts, x.dtype)
     _check_routing(where, x, expert_ids, expert_weights)
-    tokens, top_k = expert_ids.shape
-    plan = TokenPlan.from_expert_ids(expert_ids, count)
-    assert plan.row_to_slot is not None and plan.slot_to_row is not None and plan.row_to_token is not None
-    row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, count - 1)
+    given = (x, expert_weights, experts.gate_up_bias, experts.down_bias)
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if traced(x) or gradients or experts.backend == "torch" or KernelSteps.reason_against(x.device, x.dtype):
+        return _run_with(TorchSteps, where, x, experts, expert_ids, expert_weights)
+    with KernelSteps.current(x.device):
+        return _run_with(KernelSteps, where, x, experts, expert_ids, expert_weights)
+
+
+def _run_with(
+    steps: type[TorchSteps] | type[KernelSteps],
+    where: str,
+    x: torch.Tensor,
+    experts: _Experts,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+) -> torch.Tensor:
+    w_gate_up, w_down, count = experts.w_gate_up, experts.w_down, experts.w_gate_up.E
+    plan = steps.plan(expert_ids, count)
+    assert plan.row_to_slot is not None and plan.row_to_token is not None
     multiply = functools.partial(grouped_gemm, backend=experts.backend, activation_format=experts.activation_format)
+    row_expert: torch.Tensor | None = None
+    if experts.input_order is not None or experts.gate_up_bias is not None or experts.down_bias is not None:
+        row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, count - 1)
 
     if torch.is_grad_enabled() and x.requires_grad:  # the gradient of a repetition is a sum in a fixed order
-        rows = x.repeat_interleave(top_k, 0).index_select(0, plan.row_to_slot)
+        rows = x.repeat_interleave(expert_ids.shape[1], 0).index_select(0, plan.row_to_slot)
     else:
         rows = x.index_select(0, plan.row_to_token)
-    if experts.input_order is not None:
+    if experts.input_order is not None and row_expert is not None:
         rows = rows.gather(1, experts.input_order.index_select(0, row_expert).long())
     h = multiply(rows, w_gate_up, plan)
-    if experts.gate_up_bias is not None:
+    if experts.gate_up_bias is not None and row_expert is not None:
         h = h + experts.gate_up_bias.index_select(0, row_expert)
-    h = _activate(where, h, experts.activation, w_down.K)
+    h = _activate(where, steps, h, experts.activation, w_down.K)
     y = multiply(h, w_down, plan)
-    if experts.down_bias is not None:
+    if experts.down_bias is not None and row_expert is not None:
         y = y + experts.down_bias.index_select(0, row_expert)
-    y = y.index_select(0, plan.slot_to_row).view(tokens, top_k, w_down.N)
-    weights = torch.where((expert_ids >= 0) & (expert_ids < count), expert_weights.float(), 0.0)
-    return (y * weights[..., None]).sum(1).to(x.dtype)
+    return steps.combine(y, plan, expert_ids, expert_weights)
 
 
 class QuantExperts(nn.Module):
@@ -272,20 +278,22 @@ def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:
     return None if t is None else nn.Parameter(t.detach(), requires_grad=False)
 
 
-def _activate(where: str, h: torch.Tensor, activation: Activation, columns: int) -> torch.Tensor:
-    if callable(activation):
-        out = activation(h)
-        if out.shape != (h.shape[0], columns) or out.dtype != h.dtype:
-            raise ValueError(
-                f"{where}: activation returned {tuple(out.shape)} {out.dtype}; expected [S, I] = "
-                f"{(h.shape[0], columns)} {h.dtype}, the input of w_down."
-            )
-        return out
-    act = ACTIVATIONS[activation]
-    if h.shape[1] == columns:
-        return act(h)
-    gate, up = h.chunk(2, -1)
-    return act(gate) * up
+def _activate(
+    where: str,
+    steps: type[TorchSteps] | type[KernelSteps],
+    h: torch.Tensor,
+    activation: Activation,
+    columns: int,
+) -> torch.Tensor:
+    if not callable(activation):
+        return steps.gate(h, activation, columns)
+    out = activation(h)
+    if out.shape != (h.shape[0], columns) or out.dtype != h.dtype:
+        raise ValueError(
+            f"{where}: activation returned {tuple(out.shape)} {out.dtype}; expected [S, I] = "
+            f"{(h.shape[0], columns)} {h.dtype}, the input of w_down."
+        )
+    return out
 
 
 def _check_weights(where: str, experts: _Experts, dtype: torch.dtype | None) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICES", "LAYOUT", "BoundCall", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout",
-    "permuted", "prefill_config_of", "run", "run_into", "supports",
+    "no_device", "permuted", "prefill_config_of", "run", "run_into", "supports",
 ]  # fmt: skip
 
 LAYOUT = "tiles"
@@ -62,7 +62,8 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _no_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def no_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels on activations of a dtype cannot run on a device, or None."""
     if device.type == "cpu" and installed() and _interpreted():
         return None
     if device.type not in DEVICES:
@@ -101,7 +102,7 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     elif problem.E > MAX_EXPERTS:
         reason = f"at most {MAX_EXPERTS} experts, not {problem.E}"
     else:
-        reason = _no_device(problem.device, problem.dtype)
+        reason = no_device(problem.device, problem.dtype)
     if reason is not None:
         return reason, "", False
     read = "packed weights" if fmt.quantized else "weights"
