@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qexperts.layer
 from qexperts import FORMATS, QuantExperts, QuantWeight, dequantize, fused_experts, pack, quantize
 from qexperts.backends import BACKENDS
-from qexperts.layer import ACTIVATIONS
+from qexperts.layer import ACTIVATIONS, QuantProjection
 from qexperts.layouts import to_layout
 from qexperts.testing import assert_no_worse
 
@@ -656,3 +656,13 @@ def test_input_order(fmt: str) -> None:
     for wrong in (order[:2], order.long()):
         with pytest.raises(ValueError, match=r"input_order is .* expected \[E, H\] = \(5, 64\) int32"):
             QuantExperts(w_gate_up, w_down, input_order=wrong)
+
+
+def test_the_record_of_a_weight_is_kept_until_a_parameter_is_replaced() -> None:
+    projection = QuantProjection(quantize(torch.randn(2, 32, 64), "int4_sym", group_size=32))
+    first = projection.weight()
+    assert projection.weight() is first and first.codes is projection.codes
+    copied = copy.deepcopy(projection)
+    assert copied.weight().codes is copied.codes and copied.weight() is not first
+    projection.scales = torch.nn.Parameter(projection.scales.detach() * 2, requires_grad=False)
+    assert projection.weight() is not first and projection.weight().scales is projection.scales

@@ -15,7 +15,7 @@ from .formats import QuantWeight
 from .ops import grouped_gemm, prepare, traced
 from .steps import ACTIVATIONS, KernelSteps, TorchSteps
 
-__all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "fused_experts"]
+__all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "QuantProjection", "fused_experts"]
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 
@@ -214,6 +214,9 @@ class QuantExperts(nn.Module):
         return out.view(hidden_states.shape)
 
 
+_TENSORS = ("codes", "scales", "zeros")
+
+
 class QuantProjection(nn.Module):
     """Keeps one `QuantWeight` as parameters `codes`, `scales` and `zeros`, whose dtypes never change."""
 
@@ -227,13 +230,24 @@ class QuantProjection(nn.Module):
 
     def hold(self, weight: QuantWeight) -> None:
         """Replace the parameters by the tensors of another weight."""
-        for name in ("codes", "scales", "zeros"):
+        self._held: QuantWeight | None = None
+        for name in _TENSORS:
             self.register_parameter(name, _frozen(getattr(weight, name)))
         self.format = weight.format.name
         self.group_size, self.scale_layout = weight.group_size, weight.scale_layout
         self.weight_layout, self.scale_dtype = weight.weight_layout, weight.scale_dtype
 
     def weight(self) -> QuantWeight:
+        """The weight over the present parameters. A record costs as much host time as launching a kernel, so the last
+        one is kept."""
+        if torch.compiler.is_compiling():
+            return self._weight()
+        held, tensors = self._held, self._parameters
+        if held is None or any(getattr(held, name) is not tensors[name] for name in _TENSORS):
+            held = self._held = self._weight()
+        return held
+
+    def _weight(self) -> QuantWeight:
         return QuantWeight(
             self.codes,
             self.scales,
