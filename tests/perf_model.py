@@ -68,11 +68,12 @@ TINY: dict[str, Any] = dict(
     num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
 )  # fmt: skip
 
+# batched_mm copies the weights of every slot, which transformers does on GPUs only; see `Models.peers`.
 PEERS = ("grouped_mm", "batched_mm", "eager")
-# batched_mm copies the weights of every slot: 4,096 tokens of the wide model would take 300 GB.
+# Of 4,096 tokens of the wide model that would be 300 GB.
 PREFILL_PEERS = ("grouped_mm", "eager")
 STEPS = 8  # decode steps in one sample, one after the other, as generation does them
-PROMPT = 32  # tokens; batched_mm copies the weights of every slot of them
+PROMPT = 32
 EXPERT_BYTES, PEAK = 0.27, 1.2  # targets, of bf16 and of what stays
 CPU_DECODE = 2.5  # target, times as fast as the best peer
 
@@ -120,6 +121,11 @@ class Models:
     @property
     def name(self) -> str:
         return f"qexperts {self.options.quantize}"
+
+    @property
+    def peers(self) -> Sequence[str]:
+        """Implementations of transformers that can be the best in decode."""
+        return PEERS if self.options.device.type != "cpu" else PREFILL_PEERS
 
     def variants(self, peers: Sequence[str]) -> Iterator[tuple[str, Any, Callable[[], None]]]:
         """(name, model, what selects it) of ours and of each peer."""
@@ -213,10 +219,10 @@ def tell(report: Report, timings: Sequence[Timing], ours: str, *, target: float 
         report.add(f"speed-up, {how}", ratio, "x", note=note, ratios=[round(r, 4) for r in ratios], **more)
 
 
-def decode_timings(models: Models, report: Report, peers: Sequence[str] = PEERS) -> list[Timing]:
+def decode_timings(models: Models, report: Report, peers: Sequence[str] | None = None) -> list[Timing]:
     """What `decode` times. A peer that cannot be captured in a graph is reported and left out."""
     device, prompt, timings = models.options.device, models.tokens(PROMPT), []
-    for name, model, select in models.variants(peers):
+    for name, model, select in models.variants(peers or models.peers):
         decode = Decode(model, select, prompt)
         check_decode(name, decode, prompt)
         timings.append(Timing(name, "eager", decode.step, decode.reset))
@@ -283,7 +289,7 @@ def experts(models: Models, report: Report) -> None:
     weights = torch.full((1, top_k), 1 / top_k, device=o.device, dtype=x.dtype)
     counts = [module.gate_up.E for module in experts_of(models.ours)]
     ids = [torch.randperm(count, generator=generator)[None, :top_k].to(o.device) for count in counts]
-    for name, model, select in models.variants(PEERS):
+    for name, model, select in models.variants(models.peers):
         modules = experts_of(model)
 
         @torch.no_grad()
@@ -312,7 +318,7 @@ def prefill_timings(models: Models, peers: Sequence[str] = PREFILL_PEERS) -> lis
 
 def prefill(models: Models, report: Report) -> None:
     timings = prefill_timings(models)
-    time_all(timings, models.options.device, models.options.prefill_rounds, 1)
+    time_all(timings, models.options.device, models.options.prefill_rounds)
     tell(report, timings, models.name)
 
 
@@ -327,13 +333,14 @@ def accuracy(models: Models, report: Report) -> None:
     loops = [module for module in other.modules() if isinstance(module, Loop)]
     routing: list[tuple[torch.Tensor, torch.Tensor]] = []
     handles = [loop.register_forward_pre_hook(lambda module, args: routing.append(args[1:])) for loop in loops]
-    dtype = other.dtype
+    dtypes = {name: p.dtype for name, p in other.named_parameters()}
     with torch.no_grad():
         # transformers refuses to cast a quantized model; that of the experts leaves codes and scales alone
         oracle = nn.Module.float(other)(prompt, use_cache=False).logits[0]
         for handle in handles:
             handle.remove()
-        nn.Module.to(other, dtype)
+        for name, p in other.named_parameters():  # and no buffers: those of rotary embeddings are fp32 in any model
+            p.data = p.data.to(dtypes[name])
         peer = follow(other, loops, routing)(prompt, use_cache=False).logits[0]
         free = models.ours(prompt, use_cache=False).logits[0]
         y = follow(models.ours, experts_of(models.ours), routing)(prompt, use_cache=False).logits[0]

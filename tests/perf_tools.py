@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qexperts import QuantExperts, dequantize
-from qexperts.bench.timing import Rotation, Sampler, percentile, synchronize
+from qexperts.bench.timing import Rotation, Sampler, host_ms, percentile, synchronize
 from qexperts.layer import ACTIVATIONS
 
 CACHE = 1024  # tokens; there is room for what `issue_us` does without a reset
+SAMPLE_MS = 500  # of the slowest, where its steps are many
 NEAR = 0.25  # relative difference of logits up to which two ways to compute them are taken for one model
 
 
@@ -252,8 +253,15 @@ class Timing:
         return percentile(self.samples, 50)
 
 
-def time_all(timings: Sequence[Timing], device: torch.device, rounds: int, steps: int) -> None:
-    """Interleaved rounds; a sample is the mean of some steps in a row."""
+def time_all(timings: Sequence[Timing], device: torch.device, rounds: int, steps: int = 1) -> None:
+    """Interleaved rounds; a sample is the mean of some steps in a row, of fewer where one takes long."""
+    slowest = 0.0
+    for t in timings:
+        for _ in range(2):
+            t.before()
+            last = host_ms(t.run, device, repeats=1)
+        slowest = max(slowest, last)
+    steps = max(1, min(steps, int(SAMPLE_MS / slowest)))
     Sampler(device).rounds(
         [Rotation((t.run,) * steps) for t in timings],
         rounds,
