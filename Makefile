@@ -22,7 +22,7 @@ python="$$($(PYTHON) scripts/bootstrap.py $(1) --wish cpu $(if $(TORCH),--torch 
 export PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" && set -x && "$$python" $(2)
 endef
 
-.PHONY: help bench test test-interpreter test-gpu test-cross lint format clean
+.PHONY: help bench test test-interpreter test-gpu test-perf test-cross lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -48,6 +48,9 @@ test-interpreter: ## run the tests in Triton's interpreter alone
 
 test-gpu: ## run the tests that need a GPU
 	@$(call run,test,-m pytest -m gpu $(ARGS))
+
+test-perf: ## time a tiny model against transformers' own experts; QEXPERTS_PERF_MODEL=DIRECTORY times another
+	@$(call run,test,-m pytest -m perf $(ARGS))
 
 test-cross: ## compile every kernel for every target with two releases of Triton; takes half an hour
 	@$(call run,test,tests/cross.py --jobs $(WORKERS) --triton installed $(OLD_TRITON) $(ARGS))

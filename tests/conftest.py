@@ -1,4 +1,4 @@
-"""What every test shares: deterministic properties, few threads, GPU tests only where there is a GPU."""
+"""What every test shares: deterministic properties, few threads, GPU tests only on a GPU, timing only on demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def no_known_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qexperts.ops, "_BOUND", {})
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "perf" not in config.option.markexpr:  # not in addopts, whose -m any other -m would replace
+        timed = [item for item in items if item.get_closest_marker("perf")]
+        items[:] = [item for item in items if item not in timed]
+        config.hook.pytest_deselected(items=timed)
     if torch.accelerator.is_available():
         return
     skip = pytest.mark.skip(reason="no accelerator on this machine")

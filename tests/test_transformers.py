@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -570,3 +571,54 @@ def test_names_of_the_package() -> None:
     assert {"from_pretrained", "quantize_experts"} <= set(dir(qexperts))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qexperts.nothing  # type: ignore[attr-defined]
+
+
+# ---- the documentation
+
+ROOT = Path(__file__).parent.parent
+
+
+def parametrized(test: Any) -> dict[str, list[str]]:
+    """Parameter -> values of a test."""
+    marks = [mark for mark in test.pytestmark if mark.name == "parametrize"]
+    return {mark.args[0]: list(mark.args[1]) for mark in marks}
+
+
+def test_the_table_of_the_documentation() -> None:
+    """docs/models.md promises what is tested above, no more and no less."""
+    every = parametrized(test_every_format_of_every_architecture)
+    tested = {(f, a) for f in every["format"] for a in every["architecture"]}
+    for row, test in (
+        ("quantize", test_quantize_on_the_fly_save_and_reload),
+        ("implementation", test_experts_implementation),
+    ):
+        tested |= {(row, a) for a in parametrized(test)["architecture"]}
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| case |"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(bool, lines[start:])]
+    architectures, promised = table[0][3:], set()
+    for row in table[2:]:
+        cells = dict(zip(architectures, row[3:], strict=True))
+        assert set(cells.values()) <= {"yes", "-"}, row
+        promised |= {(row[0].strip("`"), a) for a, cell in cells.items() if cell == "yes"}
+    assert promised == tested
+    assert all(f" {name}" in (ROOT / "README.md").read_text() for name in architectures)
+
+
+def test_the_five_lines_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a checkpoint to text, as the README has it but for the path."""
+    pytest.importorskip("accelerate", reason="transformers needs it for device_map")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<unk>": 1, **{f"word{i}": i for i in range(2, 128)}, "The": 2, "capital": 3, "of": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    quantize_experts(writers.tiny("qwen3_moe"), "int4_sym", group_size=32, backend="torch").save_pretrained(tmp_path)
+    section = (ROOT / "README.md").read_text().partition("## Run a quantized MoE model")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert 'path = "Qwen3-30B-A3B-int4"' in code
+    code = code.replace('"Qwen3-30B-A3B-int4"', repr(str(tmp_path)))
+    code = code.replace("device_map=", 'backend="torch", device_map=')  # which compiles nothing
+    exec(code, {})
+    assert len(capsys.readouterr().out.split()) >= 32
