@@ -388,7 +388,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
     parser.add_argument("--quantize", default="int4_sym", metavar="FORMAT")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--prefill", type=int, help="tokens; default: 4096, on a CPU 512")
+    parser.add_argument("--prefill", type=int, help="tokens; default: 4096, on a CPU 64")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: whether this script works")
     parser.add_argument("--work", type=Path, help="where checkpoints are written and kept; default: a temporary one")
     parser.add_argument("--json", type=Path, default=Path("perf_model.json"), help="default: %(default)s")
@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.model is None and not (path / "model.safetensors.index.json").exists():
             write_checkpoint(path, TINY if args.tiny else WIDE, device)
         report.add("written", time.perf_counter() - started, "s")
-        tokens = args.prefill or (512 if cpu else 4096)
+        tokens = args.prefill or (64 if cpu else 4096)
         small: dict[str, Any] = {"prefill_rounds": 3, "accuracy": 8} if cpu else {}
         options = Options(device, path, work, args.quantize, 128, args.rounds, tokens, **small, targets=not args.tiny)
         models = Models(options)

@@ -255,9 +255,9 @@ class Timing:
 
 def time_all(timings: Sequence[Timing], device: torch.device, rounds: int, steps: int = 1) -> None:
     """Interleaved rounds; a sample is the mean of some steps in a row, of fewer where one takes long."""
-    slowest = 0.0
-    for t in timings:
-        for _ in range(2):
+    slowest = SAMPLE_MS / steps
+    for t in timings if steps > 1 else ():
+        for _ in range(2):  # the first compiles
             t.before()
             last = host_ms(t.run, device, repeats=1)
         slowest = max(slowest, last)
