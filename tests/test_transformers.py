@@ -45,12 +45,11 @@ def experts_of(model: Any) -> list[QuantExperts]:
     return [module for module in model.modules() if isinstance(module, QuantExperts)]
 
 
-@pytest.mark.filterwarnings("ignore:.*have been dequantized")
 @pytest.mark.parametrize("architecture", writers.CONFIGS)
 @pytest.mark.parametrize("format", writers.FORMATS)
 def test_every_format_of_every_architecture(tmp_path: Path, format: str, architecture: str) -> None:
     reference = writers.write(writers.tiny(architecture, format=format), format, tmp_path)
-    model = from_pretrained(tmp_path, backend="torch")
+    model = from_pretrained(tmp_path, backend="torch", linears="dequantize")
     assert experts_of(model)
     assert_same(model, reference)
 
@@ -60,11 +59,10 @@ def test_every_format_of_every_architecture(tmp_path: Path, format: str, archite
 GOLDEN = sorted((Path(__file__).parent / "data" / "checkpoints").glob("ckpt_*"))
 
 
-@pytest.mark.filterwarnings("ignore:.*have been dequantized")
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
 def test_golden_checkpoints(path: Path) -> None:
     expected = load_file(path / "expected.safetensors")
-    model = from_pretrained(path, dtype=torch.float32, backend="torch")
+    model = from_pretrained(path, dtype=torch.float32, backend="torch", linears="dequantize")
     ids = expected["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected["logits"], rtol=0, atol=5e-6)
@@ -113,12 +111,11 @@ def test_quantize_on_the_fly_save_and_reload(tmp_path: Path, architecture: str) 
         assert torch.equal(logits(by_auto), logits(loaded))
 
 
-@pytest.mark.filterwarnings("ignore:.*have been dequantized")
 @pytest.mark.parametrize("format", ["gptq_desc_act", "awq", "auto_round_w2", "fp8_block128", "ct_fp8_channel"])
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 def test_save_and_reload_what_others_wrote(tmp_path: Path, format: str, architecture: str) -> None:
     writers.write(writers.tiny(architecture, format=format), format, tmp_path)
-    model = from_pretrained(tmp_path, backend="torch")
+    model = from_pretrained(tmp_path, backend="torch", linears="dequantize")
     model.save_pretrained(tmp_path / "own", max_shard_size="100KB")
     again = from_pretrained(tmp_path / "own", backend="torch")
     assert torch.equal(logits(again), logits(model))
@@ -506,7 +503,6 @@ def test_own_checkpoints_that_lack_a_tensor(tmp_path: Path, part: str) -> None:
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:.*have been dequantized")
 def test_layers_that_transformers_ignores(tmp_path: Path) -> None:
     """Layers for multi-token prediction, which deepseek_v3 has on disk and transformers leaves there."""
 
@@ -514,14 +510,8 @@ def test_layers_that_transformers_ignores(tmp_path: Path) -> None:
         extra = {n.replace(".layers.1.", ".layers.61."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
         tensors.update(extra, **{"model.layers.61.enorm.weight": torch.ones(64)})
 
-    model = from_pretrained(broken(tmp_path, add, "deepseek_v3"), backend="torch")
+    model = from_pretrained(broken(tmp_path, add, "deepseek_v3"), backend="torch", linears="dequantize")
     assert len(experts_of(model)) == 1
-
-
-def test_dequantized_linears_are_announced(tmp_path: Path) -> None:
-    writers.write(writers.tiny("qwen3_moe"), "awq", tmp_path)
-    with pytest.warns(UserWarning, match=r"8 quantized linears .* dequantized to torch.float32; GPTQModel would"):
-        from_pretrained(tmp_path, backend="torch")
 
 
 def test_what_cannot_be_quantized(tmp_path: Path) -> None:

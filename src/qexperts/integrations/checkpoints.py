@@ -144,6 +144,11 @@ class Checkpoint:
         self.used.add(name)
         return t
 
+    def headers(self, module: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Last part of the name of each tensor of a linear -> its shape, and its dtype as safetensors names it."""
+        slices = {suffix: self._shards.slice(f"{module}.{suffix}") for suffix in self._suffixes.get(module, ())}
+        return {suffix: (tuple(stored.get_shape()), stored.get_dtype()) for suffix, stored in slices.items()}
+
     def linear(self, module: str, *, convert: Convert | None = None) -> StoredWeight:
         """One linear as a stack of one matrix: `experts([[module]])`."""
         return self.experts([[module]], convert=convert)

@@ -47,6 +47,7 @@ def from_pretrained(
     device_map: Any = None,
     backend: str = "auto",
     prepare: bool = True,
+    linears: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """A model of transformers whose experts are `QuantExperts`.
@@ -62,25 +63,26 @@ def from_pretrained(
             the kind of device that they were loaded to.
         backend: as for `QuantExperts`.
         prepare: whether to bring the experts into the layout in which the backend runs fastest.
+        linears: what becomes of quantized linears that are no experts. "library": modules of GPTQModel (GPTQ, AWQ,
+            AutoRound), of compressed-tensors, or of transformers (FP8, on a GPU), with the tensors as they are;
+            "dequantize": dequantized once; "auto": the library if it is installed and has a kernel for them, else
+            dequantized, with one warning that says why.
         kwargs: passed on to transformers' from_pretrained.
     Returns: the model, in evaluation mode. `generate`, `save_pretrained` (which writes the public layout) and
         `torch.compile` work as on any other.
     Raises: ValueError naming the tensors if the checkpoint is incomplete, has tensors that the model does not take, or
-        does not fit its config; UnsupportedError for experts or formats that cannot be run. No partly loaded model is
-        ever returned.
+        does not fit its config; UnsupportedError for experts, formats and (with "library") linears that cannot be run.
+        No partly loaded model is ever returned.
 
     Experts are read one by one into their final memory: besides the model, loading takes a few copies of one expert and
-    the scales of one layer. Quantized linears that are no experts are dequantized, with one warning.
+    the scales of one layer. Linears of a library round as it does (FP8 ones round activations) and cannot be saved.
     """
     checkpoint, own = _open(Path(path))
     if own is not None and quantize is not None:
         raise ValueError(f"qexperts.from_pretrained: quantize={quantize!r}, but {path} is quantized; leave it out.")
-    config: Any = transformers.AutoConfig.from_pretrained(path)
-    for holder in (config, config.get_text_config(decoder=True)):
-        if hasattr(holder, "quantization_config"):
-            del holder.quantization_config
+    config = _config(path)
     dtype = _dtype(checkpoint, config) if dtype is None else dtype
-    loading = Loading(checkpoint, dtype, quantize, group_size, own)
+    loading = Loading(checkpoint, dtype, quantize, group_size, own, linears)
     model, info = _model_class(config).from_pretrained(
         None,
         config=config,
@@ -94,7 +96,21 @@ def from_pretrained(
     loading.check(model, info)
     loading.warn()
     model.name_or_path = model.config.name_or_path = str(path)
-    if model.can_generate() and "generation_config" not in kwargs and (Path(path) / "generation_config.json").is_file():
+    return model if "generation_config" in kwargs else _with_generation_config(model, path)
+
+
+def _config(path: str | Path) -> Any:
+    """config.json without its quantization_config."""
+    config: Any = transformers.AutoConfig.from_pretrained(path)
+    for holder in (config, config.get_text_config(decoder=True)):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    return config
+
+
+def _with_generation_config(model: Any, path: str | Path) -> Any:
+    """A model after reading generation_config.json, if there is one."""
+    if model.can_generate() and (Path(path) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model
 

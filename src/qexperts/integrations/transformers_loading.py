@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..formats import QuantWeight
 from ..quantize import quantize
 from .checkpoints import Checkpoint, StoredWeight
+from .transformers_library import LINEARS, Library, StoredLinear
 from .transformers_modules import ExpertsSpec, experts_of, unsupported
 from .transformers_slots import PROJECTIONS, Kind, Slot
 
@@ -22,14 +24,6 @@ WHERE = "qexperts.from_pretrained"
 # Last part of the name of one expert's linear -> what it is.
 _ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _EXPERT = re.compile(r"^(.*)\.(\d+)\.(\w+)\.([^.]+)$")
-# Who runs the other linears of a checkpoint without dequantizing them.
-_LIBRARIES = {
-    "gptq": "GPTQModel",
-    "awq": "GPTQModel",
-    "auto-round": "auto-round",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "transformers itself, on a GPU,",
-}
 
 
 class Lazy:
@@ -109,6 +103,7 @@ class Loading:
         dtype: of the model.
         format: what experts of an unquantized checkpoint become, a name in `FORMATS`; None: they stay as they are.
         own: what config.json says of experts in this package's own format.
+        linears: as for `from_pretrained`.
     """
 
     def __init__(
@@ -118,17 +113,24 @@ class Loading:
         format: str | None,
         group_size: int,
         own: Mapping[str, Any] | None,
+        linears: str = "auto",
     ) -> None:
+        if linears not in LINEARS:
+            raise ValueError(f"{WHERE}: linears={linears!r}; expected one of {', '.join(LINEARS)}.")
         self.checkpoint, self.dtype, self.own = checkpoint, dtype, own
-        self.format, self.group_size = format, group_size
+        self.format, self.group_size, self.linears = format, group_size, linears
+        self.library: Library | None = None
+        if linears != "dequantize" and checkpoint.quantization is not None:
+            self.library = Library(checkpoint.quantization, dtype, kernels_only=linears == "auto")
         self.tensors: dict[str, Any] = {}
         self.dequantized: list[str] = []
 
     def __deepcopy__(self, memo: object) -> Loading:
         return self
 
-    def install(self, model: nn.Module) -> None:
-        """Put slots in the place of the experts of a model without memory, and list the tensors for it."""
+    def install(self, model: nn.Module, device_map: Any = None) -> None:
+        """Put slots in the place of the experts of a model without memory, a library's modules in that of its quantized
+        linears, and list the tensors for it."""
         rename = _renamer(model)
         if self.own is not None:
             install_slots(WHERE, model, self.own)
@@ -136,9 +138,15 @@ class Loading:
         else:
             with torch.device("cpu"):  # transformers makes the model under that of no memory
                 left = self._install(model, rename)
-        converted = _converted(model)
+        modules: dict[str, list[str]] = {}
+        for name in left:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        quantized = self._quantized(modules)
+        packed = self._packed(model, quantized, rename, device_map)
+        self._note_dequantized(model, quantized - packed)
+        converted = _converted(model, self.library)
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if not converted(name)}
-        self._list(left, rename, shapes)
+        self._list(modules, quantized - packed, rename, shapes)
 
     def _install(self, model: nn.Module, rename: Callable[[str], str]) -> Iterable[str]:
         """The slots of a foreign checkpoint; returns the tensors that are none of them."""
@@ -221,16 +229,41 @@ class Loading:
             )
         return None
 
-    def _list(self, names: Iterable[str], rename: Callable[[str], str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _quantized(self, modules: Mapping[str, list[str]]) -> set[str]:
+        """The quantized linears among modules that are no experts."""
+        if self.own is not None:
+            return set()
+        weights = {"weight", "qweight", "weight_packed"}
+        return {
+            module
+            for module, members in modules.items()
+            if weights & {name.rpartition(".")[2] for name in members} and self.checkpoint.scheme(module) is not None
+        }
+
+    def _packed(
+        self, model: nn.Module, quantized: Iterable[str], rename: Callable[[str], str], device_map: Any
+    ) -> set[str]:
+        """Those linears that a library runs, whose modules are in the model now."""
+        if self.library is None:
+            return set()
+        stored = [StoredLinear(module, self.checkpoint) for module in sorted(quantized)]
+        linears = {rename(f"{linear.module}.weight").removesuffix(".weight"): linear for linear in stored}
+        run = self.library.install(model, linears, device_map)
+        for name in run:
+            for suffix, make in self.library.given(model.get_submodule(name), linears[name]).items():
+                self.tensors[f"{name}.{suffix}"] = Lazy(make, f"{name}.{suffix}")
+        return {linears[name].module for name in run}
+
+    def _list(
+        self,
+        modules: Mapping[str, list[str]],
+        dequantized: set[str],
+        rename: Callable[[str], str],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
         """The tensors that are no experts of a foreign checkpoint: as they are, or dequantized."""
-        modules: dict[str, list[str]] = {}
-        for name in names:
-            modules.setdefault(name.rpartition(".")[0], []).append(name)
         for module, members in modules.items():
-            suffixes = {name.rpartition(".")[2] for name in members}
-            packed = suffixes & {"weight", "qweight", "weight_packed"} and self.own is None
-            if packed and self.checkpoint.scheme(module) is not None:
-                self.dequantized.append(module)
+            if module in dequantized:
                 members = [name for name in members if name.endswith(".bias")]
                 self.tensors[f"{module}.weight"] = Lazy(
                     lambda module=module: self.checkpoint.linear(module).dense(self.dtype),
@@ -247,11 +280,7 @@ class Loading:
 
     def check(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Raise ValueError unless transformers has loaded every tensor, and all of the model was in the checkpoint."""
-        ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
-
-        def is_ignored(name: str) -> bool:
-            return any(re.search(pattern, name) for pattern in ignored)
-
+        is_ignored = _ignored(model)
         unread = {name for name, t in self.tensors.items() if not t.taken and not is_ignored(name)}
         skipped = {name.removesuffix(".weight") for name, t in self.tensors.items() if not t.taken}
         unused = {
@@ -271,17 +300,40 @@ class Loading:
                 "\n".join([f"{WHERE}: {self.checkpoint.path} and {type(model).__name__} do not fit.", *lines])
             )
 
+    def _note_dequantized(self, model: nn.Module, modules: set[str]) -> None:
+        """Note which linears are dequantized; raise UnsupportedError if none may be."""
+        is_ignored = _ignored(model)
+        self.dequantized = sorted(module for module in modules if not is_ignored(f"{module}.weight"))
+        if self.linears == "library" and self.library is not None and self.dequantized:
+            raise UnsupportedError(
+                f'{WHERE}(linears="library")',
+                self._named(),
+                {self.library.name: self.library.reason or "the model has no linears of these names"},
+                answer="cannot run",
+            )
+
+    def _named(self) -> str:
+        return (
+            f"{len(self.dequantized)} quantized linears of {self.checkpoint.path} that are no experts (such as "
+            f"{self.dequantized[0]})"
+        )
+
     def warn(self) -> None:
-        """Say which linears have been dequantized."""
-        if not self.dequantized:
+        """Say which linears have been dequantized, unless that was asked for."""
+        if self.library is None or not self.dequantized:
             return
-        method = str((self.checkpoint.quantization or {}).get("quant_method", ""))
-        runner = _LIBRARIES.get(method, "the library that wrote it")
+        why = f": {self.library.reason}" if self.library.reason else ""
         warnings.warn(
-            f"{WHERE}: {len(self.dequantized)} quantized linears of {self.checkpoint.path} that are no experts (such "
-            f"as {self.dequantized[0]}) have been dequantized to {self.dtype}; {runner} would run them packed.",
+            f"{WHERE}: {self._named()} have been dequantized to {self.dtype}. {self.library.name} does not run "
+            f'them packed{why}. linears="dequantize" silences this.',
             stacklevel=3,
         )
+
+
+def _ignored(model: Any) -> Callable[[str], bool]:
+    """Whether transformers leaves a tensor of a checkpoint on disk."""
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    return lambda name: any(re.search(pattern, name) for pattern in ignored)
 
 
 def _unquantized(w: torch.Tensor) -> QuantWeight:
@@ -330,12 +382,13 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
     return rename
 
 
-def _converted(model: Any) -> Callable[[str], bool]:
+def _converted(model: Any, library: Library | None) -> Callable[[str], bool]:
     """Whether transformers changes more than the name of a tensor, after which its shape may be another."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     conversions = conversions_without_experts(get_model_conversion_mapping(model))
+    conversions += [] if library is None else library.conversions()
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     return lambda name: any(c.rename_source_key(name)[1] is not None for c in converters)
 

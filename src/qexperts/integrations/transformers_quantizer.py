@@ -9,6 +9,7 @@ from typing import Any
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .transformers_library import cannot_save
 from .transformers_loading import Loading, conversions_without_experts, install_slots
 from .transformers_slots import Running, fill, kinds_of, public_state
 
@@ -60,6 +61,9 @@ class ExpertsQuantizer(HfQuantizer):
     """Puts slots where the experts are before transformers loads a model, and experts into them afterwards."""
 
     quantization_config: Any  # an ExpertsConfig
+    # What runs the linears that are no experts, if it is a library; and whether that can be compiled.
+    library: str | None = None
+    compileable = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -73,12 +77,12 @@ class ExpertsQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self.compileable
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if config._loading is not None:
-            config._loading.install(model)
+            config._loading.install(model, kwargs.get("device_map"))
         else:
             install_slots("quantization_config", model, config.experts)
         return model
@@ -86,13 +90,21 @@ class ExpertsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         fill("from_pretrained", model, config._running)
+        library = None if config._loading is None else config._loading.library
+        if library is not None and library.quantizer is not None:
+            library.finish(model)
+            self.library, self.compileable = library.name, library.quantizer.is_compileable
         mark(model, self)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return conversions_without_experts(weight_conversions)
+        loading = self.quantization_config._loading
+        own = [] if loading is None or loading.library is None else loading.library.conversions()
+        return conversions_without_experts(weight_conversions) + own
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
+        if self.library is not None:
+            raise cannot_save(self.library)
         return public_state(model), {}
 
 
