@@ -112,6 +112,21 @@ def test_groups_that_are_small_throughout_or_zero_are_no_exception(monkeypatch: 
     assert made == (["int16"] if isas()[0] != "plain" else ["fp32"])
 
 
+@pytest.mark.skipif("avx2" not in isas(), reason="Numba compiles for this processor first")
+@pytest.mark.parametrize("part", ["pack", "gemm"])
+@pytest.mark.parametrize("fmt", ["int8_sym", "int4_sym", "int2_asym"])
+def test_avx512_without_vnni_compiles_where_it_does_not_run(fmt: str, part: str) -> None:
+    from qexperts.kernels_cpu import build, isa
+    from qexperts.kernels_cpu.spec import Kind
+
+    spec = FORMATS[fmt]
+    kind = Kind(
+        isa=isa._isa("avx512"), format=fmt, bits=spec.bits, asym=spec.asym, x="bf16", y="bf16", dot="int16", int8=False,
+        scale="bf16", scale_access="vector", source="panels", panels=4,
+    )  # fmt: skip
+    assert len(build._compile(part, kind.deciding(part))) > 1000
+
+
 # ---- instruction sets
 
 # A kind of kernel each; what one instruction set has in common for all formats needs no repetition.

@@ -225,14 +225,18 @@ class Emitter:
         return self._call("llvm.x86.avx512.vpdpbusd.512", total.type, total, self.cast(a, kind), self.cast(b, kind))
 
     def dot_int16(self, total: Any, a: Any, b: Any, fused: bool) -> Any:
-        """total += a[2i] * b[2i] + a[2i+1] * b[2i+1], 16-bit integers; fused: AVX-512 VNNI, else AVX2 or AVX-512 BW."""
+        """total += a[2i] * b[2i] + a[2i+1] * b[2i+1], 16-bit integers; fused: AVX-512 VNNI, else AVX2."""
         lanes = total.type.count
-        pairs = vector(I16, 2 * lanes)
-        if not fused:
-            name = "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
-            return self.builder.add(total, self._call(name, total.type, self.cast(a, pairs), self.cast(b, pairs)))
-        kind = pairs if binding.llvm_version_info[0] >= 22 else total.type
-        return self._call("llvm.x86.avx512.vpdpwssd.512", total.type, total, self.cast(a, kind), self.cast(b, kind))
+        if fused:
+            kind = vector(I16, 2 * lanes) if binding.llvm_version_info[0] >= 22 else total.type
+            return self._call("llvm.x86.avx512.vpdpwssd.512", total.type, total, self.cast(a, kind), self.cast(b, kind))
+        # 256 bits at a time: what has no VNNI is tuned for that, and LLVM then takes no instruction of 512 bits
+        parts = []
+        for first in range(0, lanes, 8):
+            pairs = [self.cast(self.shuffle(t, t, range(first, first + 8)), vector(I16, 16)) for t in (a, b)]
+            parts.append(self._call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), *pairs))
+        products = parts[0] if lanes == 8 else self.shuffle(*parts, range(lanes))
+        return self.builder.add(total, products)
 
     def lookup_16(self, table: Sequence[int], index: Any) -> Any:
         """AVX-512 BW: entries of a table of 32 16-bit values, by the low 5 bits of each 16-bit element."""
