@@ -34,6 +34,7 @@ T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
 UNKNOWN_LAUNCHES = 8  # of a public call, which hides them
 CACHES = 3  # that weights taking turns must exceed
+MAX_SETS = 32  # of weights taking turns: smaller ones stay in the cache
 
 
 @dataclasses.dataclass
@@ -118,7 +119,7 @@ class _WeightSets:
         w = self._workload
         bits = 16 if candidate.scope == "base mm" else w.format.bits
         read = max(1, w.distribution.active_experts * w.n * w.k * bits // 8)
-        return max(2, -(-CACHES * last_level_cache() // read))
+        return min(max(2, -(-CACHES * last_level_cache() // read)), MAX_SETS)
 
 
 class _Reading:
