@@ -235,7 +235,7 @@ class Emitter:
         for first in range(0, lanes, 8):
             pairs = [self.cast(self.shuffle(t, t, range(first, first + 8)), vector(I16, 16)) for t in (a, b)]
             parts.append(self._call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), *pairs))
-        products = parts[0] if lanes == 8 else self.shuffle(*parts, range(lanes))
+        products = parts[0] if lanes == 8 else self.shuffle(parts[0], parts[1], range(lanes))
         return self.builder.add(total, products)
 
     def lookup_16(self, table: Sequence[int], index: Any) -> Any:
