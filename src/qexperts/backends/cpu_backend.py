@@ -55,6 +55,7 @@ UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
 CHUNK_WORDS = 16  # of a row, gathered at once for few rows: a cache line of each
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
+_LEAST_ROW_LANES = 4  # 128 bits, inside which sums are transposed first
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CPU = torch.device("cpu")
 _LINE = 64  # bytes of a cache line
@@ -210,16 +211,29 @@ class _Kernel:
 def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
     shared = _shared_k(weight.scale_layout, weight.group_size, weight.K)
     isa, fmt, prepared = _isa_used(), weight.format, weight.weight_layout != "public"
+    dot = _dot(isa, fmt.name, x, int8, shared, exact)
+    source = "panels" if prepared else weight.code_order
     access = {"group": "strided", "channel": "strided", "block128": "block128", "tensor": "tensor", "none": ""}
     return Kind(
         isa=isa, format=fmt.name, bits=fmt.bits, asym=fmt.asym, x=x, y=y,
-        dot=_dot(isa, fmt.name, x, int8, shared, exact),
+        dot=dot,
         int8=int8,
         scale=_NAMES[weight.scale_dtype] if weight.scale_dtype is not None else "",
         scale_access="vector" if prepared else access[weight.scale_layout],
-        source="panels" if prepared else weight.code_order,
+        source=source,
         panels=isa.panels if isa.panels * PANEL <= weight.N else 1,
+        row_lanes=_row_lanes(isa, dot, source, shared * fmt.bits // 32, weight.K * fmt.bits // 32),
     )  # fmt: skip
+
+
+def _row_lanes(isa: Any, dot: str, source: str, group_words: int, words: int) -> int:
+    """`Kind.row_lanes`: only sums of integers are the same in any order, and registers must fit groups."""
+    if source != "rows" or not dot.startswith("int") or words < isa.lanes:
+        return 0
+    if group_words % isa.lanes == 0:
+        return isa.lanes
+    fits = isa.lanes % group_words == 0 and words % isa.lanes == 0
+    return group_words if fits and group_words >= _LEAST_ROW_LANES else 0
 
 
 def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
@@ -239,7 +253,7 @@ def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
         block_groups=block,
         chunk_groups=chunk,
         x_bytes=words * kind.operands * 4 * kind.terms,
-        scratch=kind.scratch_bytes(min(words, max(block, chunk) * group_words), groups, block * group_words),
+        scratch=kind.scratch_bytes(min(words, max(block, chunk) * group_words), words, groups, block * group_words),
     )
 
 

@@ -29,7 +29,7 @@ __all__ = ["cache_directory", "function"]
 
 _lock = threading.Lock()
 _engines: list[binding.ExecutionEngine] = []  # machine code lives as long as its engine
-_FILES = ("vectors.py", "micro.py", "packing.py", "drivers.py", "spec.py", "build.py")
+_FILES = ("vectors.py", "micro.py", "rows.py", "packing.py", "drivers.py", "spec.py", "build.py")
 
 
 def cache_directory() -> Path:

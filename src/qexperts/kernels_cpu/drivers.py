@@ -19,6 +19,7 @@ from numba import njit
 
 from .micro import MicroKernels
 from .packing import Packing
+from .rows import RowKernels
 from .spec import ITEM_ROWS, PANEL, X_SIZES, Arg, Kind
 from .vectors import I32, I64, Emitter, call_function, device_function, fetch_add, wait_for
 
@@ -179,7 +180,8 @@ def write_gemm(kind: Kind) -> Callable[[int], None]:
         return min((u - u // blocks * blocks) * width, get(a, _N) - width)
 
     @compiled
-    def unit(a, scratch, u, next_u, blocks):  # type: ignore[no-untyped-def]
+    def unit(a, scratch, u, next_u, blocks, last_row):  # type: ignore[no-untyped-def]
+        """Returns the first row of the item, which this thread's unit before began with if it is last_row."""
         item, next_item = get(a, _ITEMS) + u // blocks * 24, get(a, _ITEMS) + next_u // blocks * 24
         n, next_n = column_of(a, u, blocks), column_of(a, next_u, blocks)
         expert, row, rows = get(item, 0), get(item, 1), get(item, 2)
@@ -189,21 +191,22 @@ def write_gemm(kind: Kind) -> Callable[[int], None]:
             prefetch_scales(a, get(next_item, 0), next_n)
         clear(a, rows, total)
         codes, ahead = codes_of(a, expert, n), codes_of(a, get(next_item, 0), next_n)
-        multiply_item(a, codes, ahead, row, rows, scratch, total)
+        multiply_item(a, codes, ahead, row, rows, scratch, total, row == last_row)
         finish_block(a, rows, total, get(a, _Y) + row * get(a, _Y_STEP) + n * y_size)
+        return row
 
     def gemm(a):  # type: ignore[no-untyped-def]
         thread = fetch_add(a + 8 * _JOINED, 1)
         scratch = get(a, _SCRATCH) + thread * get(a, _SCRATCH_STEP)
         blocks = (get(a, _N) + width - 1) // width
-        units = get(a, _ITEM_COUNT) * blocks
+        units, row = get(a, _ITEM_COUNT) * blocks, -1
         while True:
             u = fetch_add(a + 8 * _NEXT, 1)
             if u >= units:
                 break
             # each other thread will have taken one by then, most likely
             next_u = min(units, get(a, _NEXT) + get(a, _JOINED)) - 1
-            unit(a, scratch, u, next_u, blocks)
+            row = unit(a, scratch, u, next_u, blocks, row)
 
     return gemm
 
@@ -249,50 +252,125 @@ def _wrap_finish(micro: MicroKernels) -> Callable[..., None]:
 
 
 def _multiply_item(kind: Kind, micro: MicroKernels) -> Any:
-    """total += x @ w.T for the rows of an item and a block of panels."""
-    multiply_packed, gather, multiply_block = _parts(kind, micro)
-    direct, gathers, columns = micro.direct_rows, kind.source != "panels", kind.source == "columns"
-    line, per_word, kind_operands = kind.panels * 64, kind.per_word, kind.operands
+    """total += x @ w.T for the rows of an item and a block of panels.
+
+    again: the thread's unit before was of the same item.
+    """
+    multiply_few = _multiply_few_of_rows(kind, micro) if kind.row_lanes else _multiply_few_of_panels(kind, micro)
+    multiply_many, direct = _multiply_many(kind, micro), kind.isa.direct_rows
 
     @compiled
-    def multiply_item(a, codes, ahead, row, rows, scales, total):  # type: ignore[no-untyped-def]
-        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _BLOCK_GROUPS)
-        operands = total + ITEM_ROWS * line
-        gathered = operands + step * size * kind_operands * line
+    def multiply_item(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
         if rows <= direct:
-            step = get(a, _CHUNK_GROUPS) if gathers else groups
-        word_step = per_word * get(a, _CODES_STEP) if columns else 4
-        w, panel, following = codes, words * 64, ahead
-        for first in range(0, groups, step):
-            count = min(step, groups - first)
-            if gathers:
-                start = first * size
-                some = min(count * size, words - start)
-                w, panel = gathered - start * 64, some * 64
-                later = start + max(some, GATHER_AHEAD)
-                following = codes + later * word_step if later < words else ahead + (later - words) * word_step
-                gather(a, codes + start * word_step, some, gathered)
-            if rows <= direct:
-                multiply_packed(a, rows, w, panel, following, row, scales, first, count)
-            else:
-                multiply_block(a, rows, w, panel, row, scales, total, operands, first, count)
+            multiply_few(a, codes, ahead, row, rows, scales, total, again)
+        else:
+            multiply_many(a, codes, row, rows, scales, total)
 
     return multiply_item
 
 
-def _parts(kind: Kind, micro: MicroKernels) -> tuple[Any, Any, Any]:
-    """What an item is multiplied with: a few rows, directly; the order of panels; many rows, unpacked first."""
-    packed, unpacked = device_function(micro.multiply_packed), device_function(micro.multiply_unpacked)
-    unpack, gathered = device_function(micro.unpack), device_function(micro.gather)
-    most, row_bytes = kind.isa.rows, kind.panels * 64
+def _multiply_few_of_rows(kind: Kind, micro: MicroKernels) -> Any:
+    """The rows of the weight as they lie."""
+    few = RowKernels(micro)
+    arrange, multiply, add = (device_function(one) for one in (few.arrange, few.multiply, few.add))
+    lanes, width, register = kind.isa.lanes, kind.panels * PANEL, kind.operands * kind.isa.lanes * 4
+
+    @compiled
+    def arrange_rows(a, row, rows, out):  # type: ignore[no-untyped-def]
+        arrange(a, row, rows, out)
+
+    @compiled
+    def multiply_rows(a, rows, codes, ahead, first, x, partial):  # type: ignore[no-untyped-def]
+        multiply(a, rows, codes, ahead, first, x, partial)
+
+    @compiled
+    def add_rows(a, rows, partial, row, scales, first):  # type: ignore[no-untyped-def]
+        add(a, rows, partial, row, scales, first)
+
+    @compiled
+    def multiply_few(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
+        x = total + ITEM_ROWS * width * 4
+        partial = x + rows * ((get(a, _WORDS) + lanes - 1) // lanes) * register
+        if not again:
+            arrange_rows(a, row, rows, x)
+        for first in range(0, width, lanes):
+            multiply_rows(a, rows, codes, ahead, first, x, partial)
+            add_rows(a, rows, partial, row, scales, first)
+
+    return multiply_few
+
+
+def _multiply_few_of_panels(kind: Kind, micro: MicroKernels) -> Any:
+    """A block of panels, or what is gathered into its order a chunk at a time."""
+    gathers, columns, line, per_word = (
+        kind.source != "panels",
+        kind.source == "columns",
+        kind.panels * 64,
+        kind.per_word,
+    )
+    packed, gather = device_function(micro.multiply_packed), _gather(micro)
 
     @compiled
     def multiply_packed(a, rows, w, panel, ahead, row, scales, first, groups):  # type: ignore[no-untyped-def]
         packed(a, rows, w, panel, ahead, row, scales, first, groups)
 
     @compiled
+    def multiply_few(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
+        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _CHUNK_GROUPS)
+        if not gathers:
+            multiply_packed(a, rows, codes, words * 64, ahead, row, scales, 0, groups)
+            return
+        gathered, word_step = total + ITEM_ROWS * line, per_word * get(a, _CODES_STEP) if columns else 4
+        for first in range(0, groups, step):
+            count, start = min(step, groups - first), first * size
+            some = min(count * size, words - start)
+            later = start + max(some, GATHER_AHEAD)
+            following = codes + later * word_step if later < words else ahead + (later - words) * word_step
+            gather(a, codes + start * word_step, some, gathered)
+            w, panel = gathered - start * 64, some * 64
+            multiply_packed(a, rows, w, panel, following, row, scales, first, count)
+
+    return multiply_few
+
+
+def _gather(micro: MicroKernels) -> Any:
+    gathered = device_function(micro.gather)
+
+    @compiled
     def gather(a, codes, words, out):  # type: ignore[no-untyped-def]
         gathered(a, codes, words, out)
+
+    return gather
+
+
+def _multiply_many(kind: Kind, micro: MicroKernels) -> Any:
+    """Blocks of the weight, unpacked into the cache first."""
+    gathers, columns, line = kind.source != "panels", kind.source == "columns", kind.panels * 64
+    per_word, kind_operands = kind.per_word, kind.operands
+    gather, multiply_block = _gather(micro), _multiply_block(kind, micro)
+
+    @compiled
+    def multiply_many(a, codes, row, rows, scales, total):  # type: ignore[no-untyped-def]
+        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _BLOCK_GROUPS)
+        operands = total + ITEM_ROWS * line
+        gathered = operands + step * size * kind_operands * line
+        word_step = per_word * get(a, _CODES_STEP) if columns else 4
+        w, panel = codes, words * 64
+        for first in range(0, groups, step):
+            count = min(step, groups - first)
+            if gathers:
+                start = first * size
+                some = min(count * size, words - start)
+                w, panel = gathered - start * 64, some * 64
+                gather(a, codes + start * word_step, some, gathered)
+            multiply_block(a, rows, w, panel, row, scales, total, operands, first, count)
+
+    return multiply_many
+
+
+def _multiply_block(kind: Kind, micro: MicroKernels) -> Any:
+    unpacked, unpack = device_function(micro.multiply_unpacked), device_function(micro.unpack)
+    most, row_bytes = kind.isa.rows, kind.panels * 64
 
     @compiled
     def unpack_groups(a, w, panel, scales, out, first, groups):  # type: ignore[no-untyped-def]
@@ -317,4 +395,4 @@ def _parts(kind: Kind, micro: MicroKernels) -> tuple[Any, Any, Any]:
             r += m
             tiles -= 1
 
-    return multiply_packed, gather, multiply_block
+    return multiply_block

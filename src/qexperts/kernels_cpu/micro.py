@@ -8,6 +8,7 @@ Each function takes the record of the call (`Arg`) and addresses; all are 64-bit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,16 +53,17 @@ class MicroKernels:
 
     # ---- weights
 
-    def operand_vectors(self, e: Emitter, word: Any, zeros: Any = None, in_place: bool = False) -> list[Any]:
+    def operand_vectors(self, e: Emitter, word: Any, zeros: Any = None, ways: int = 1) -> list[Any]:
         """A register of words -> its operands, as registers of 32-bit values.
 
-        in_place: 16-bit operands of odd number are 2^bits times as large, which saves a shift.
+        ways: codes of less than 8 bits, as 16-bit operands: the i-th is 2^(bits * (i % ways)) times as large, which
+        saves shifts.
         """
         if self.k.dot == "fp32":
             values = [self._one_fp32(e, word, i) for i in range(self.k.per_word)]
             return values if zeros is None else [e.builder.fadd(value, zeros) for value in values]
         if self.k.dot == "int16":
-            return self._as_int16(e, word, in_place)
+            return self._as_int16(e, word, ways)
         return self._as_bf16(e, word) if self.k.dot == "bf16" else self._as_bytes(e, word)
 
     def _as_bf16(self, e: Emitter, word: Any) -> list[Any]:
@@ -130,19 +132,43 @@ class MicroKernels:
         shifts = (e.bits(word, "lshr", k.bits * i) if i else word for i in range(k.operands))
         return [e.bits(e.bits(shifted, "and_", mask), "xor", flip) for shifted in shifts]
 
-    def _as_int16(self, e: Emitter, word: Any, in_place: bool) -> list[Any]:
+    def _as_int16(self, e: Emitter, word: Any, ways: int) -> list[Any]:
         k = self.k
         if k.format == "int8_sym":
             halves = e.cast(word, vector(I16, 2 * word.type.count))
             return [e.cast(e.bits(one, "ashr", 8), word.type) for one in (e.bits(halves, "shl", 8), halves)]
+        at_once = k.isa.lanes < 16  # AVX-512 masks and flips in one instruction, so for each operand
+        if at_once and k.offset:
+            word = e.bits(word, "xor", _integer(sum(k.offset << i for i in range(0, 32, k.bits)), 32, False))
         found = []
         for i in range(k.operands):
-            left = k.bits * (i % 2) if in_place and k.bits < 8 else 0
+            left = k.bits * (i % ways) if k.bits < 8 else 0
             right = k.bits * i - left
             shifted = e.bits(word, "lshr", right) if right else word
             mask, flip = (0x10001 * value << left for value in ((1 << k.bits) - 1, k.offset))
-            found.append(e.bits(e.bits(shifted, "and_", mask), "xor", flip))
+            one = e.bits(shifted, "and_", mask)
+            found.append(one if at_once else e.bits(one, "xor", flip))
         return found
+
+    def most_ways(self, registers: int) -> int:
+        """How many sums of the same are kept, where each takes so many registers: few sums do not hide the time of an
+        addition, and see `operand_vectors`. Integers give the same whatever the order is."""
+        if self.k.dot != "int16":
+            return 1
+        most = 4 if self.k.bits == 2 else 2
+        return next((ways for ways in (4, 2) if ways <= most and ways * registers <= self._room), 1)
+
+    @property
+    def _room(self) -> int:
+        """Registers for sums."""
+        return 8 if self.k.isa.lanes < 16 else 16
+
+    def together(self, e: Emitter, ways: list[Any]) -> Any:
+        """The sum of what `ways` sums hold."""
+        shifted = (
+            ways if self.k.bits == 8 else [e.bits(v, "ashr", self.k.bits * i) if i else v for i, v in enumerate(ways)]
+        )
+        return functools.reduce(e.builder.add, shifted)
 
     def gather(self, e: Emitter, a: Any, codes: Any, words: Any, out: Any) -> None:
         """Some words of a block of a weight in the public order -> panels [panels, words, 16]."""
@@ -338,11 +364,11 @@ class MicroKernels:
                 place = e.add(start, t)
                 words = [e.load(w, self.words, self._word_place(e, panel, place, j)) for j in range(self.registers)]
                 self._prefetch(e, a, w, panel, ahead, place, first)
-                found = [self.operand_vectors(e, *pair, products.in_place) for pair in zip(words, zeros, strict=True)]
+                found = [self.operand_vectors(e, *pair, products.ways) for pair in zip(words, zeros, strict=True)]
                 for o in range(self.k.operands):
                     products.add([one[o] for one in found], e.mul(place, 4 * self.k.operands), 4 * o)
 
-        self._multiply(e, a, (rows, self.direct_rows), multiply, (x, sums, scales, total), (first_group, groups))
+        self._multiply(e, a, (rows, self.k.isa.direct_rows), multiply, (x, sums, scales, total), (first_group, groups))
 
     def _prefetch(self, e: Emitter, a: Any, w: Any, panel: Any, ahead: Any, place: Any, first: Any) -> None:
         """Have as much fetched as a step of `multiply_packed` reads: what it will read AHEAD words later, at the end
@@ -380,11 +406,6 @@ class MicroKernels:
 
         self._multiply(e, a, (rows, self.k.isa.rows), multiply, (x, sums, scales, total), (first_group, groups))
 
-    @property
-    def direct_rows(self) -> int:
-        """Rows up to which unpacking once more costs less than storing what has been unpacked."""
-        return min(4, self.k.isa.rows)
-
     def _multiply(
         self, e: Emitter, a: Any, rows: tuple[Any, int], multiply: Multiply, places: tuple[Any, Any, Any, Any],
         groups: tuple[Any, Any],
@@ -421,7 +442,7 @@ class MicroKernels:
         scales_of = e.add(scales, e.mul(g, k.parts * k.panels * 64))
         for m, j in products.ones:
             sums_of = e.add(sums, e.mul(e.field(a, Arg.SUMS_STEP), m), e.mul(g, 8)) if k.sums else None
-            self._add_group(e, totals[m, j], products.total((m, j)), scales_of, sums_of, j * self.bytes)
+            self.add_group(e, totals[m, j], products.total((m, j)), scales_of, sums_of, j * self.bytes)
 
     def dot(self, e: Emitter, total: Any, w: Any, x: Any) -> Any:
         if self.k.dot == "bf16":
@@ -430,7 +451,7 @@ class MicroKernels:
             return e.dot_int16(total, w, x, fused="int8" in self.k.isa.dots)
         return e.dot_int8(total, w, x) if self.k.dot == "int8" else e.fma(w, e.cast(x, self.floats), total)
 
-    def _add_group(self, e: Emitter, total: Any, value: Any, scales: Any, sums: Any, place: int) -> None:
+    def add_group(self, e: Emitter, total: Any, value: Any, scales: Any, sums: Any, place: int) -> None:
         """total += (a group's sums, less zeros * sum of x) * scales"""
         k, b, lanes = self.k, e.builder, self.k.isa.lanes
         if k.whole:
@@ -475,25 +496,19 @@ class _Products:
         self._terms = [e.number(0), e.field(a, Arg.X_TERM)][: micro.k.terms]
         self.ones = [(m, j) for m in range(rows) for j in range(micro.registers)]
         kind = micro.words if micro.k.whole else micro.floats
-        # Few rows have too few sums to hide the time of an addition; integers give the same whatever the order is.
-        self.in_place = micro.k.dot == "int16" and rows <= 2
-        self._ways, self._added = 2 if self.in_place else 1, 0
-        self._sums = {one: [e.variable(kind) for _ in range(self._ways)] for one in self.ones}
+        self.ways, self._added = micro.most_ways(rows * micro.registers), 0
+        self._sums = {one: [e.variable(kind) for _ in range(self.ways)] for one in self.ones}
 
     def clear(self) -> None:
         for total in (total for ways in self._sums.values() for total in ways):
             total.set(self._e.zero(total.kind))
 
     def total(self, one: tuple[int, int]) -> Any:
-        total = self._sums[one][0].get()
-        if not self.in_place:
-            return total
-        bits, odd = self._micro.k.bits, self._sums[one][1].get()
-        return self._e.builder.add(total, odd if bits == 8 else self._e.bits(odd, "ashr", bits))
+        return self._micro.together(self._e, [way.get() for way in self._sums[one]])
 
     def add(self, w: list[Any], place: Any, offset: int) -> None:
         """sums[m, j] += w[j] * x[m], x at a place of each row"""
-        e, way = self._e, self._added % self._ways
+        e, way = self._e, self._added % self.ways
         self._added += 1
         for term in self._terms:
             for m, x in enumerate(self._x):

@@ -66,6 +66,11 @@ class Isa:
     dots: tuple[str, ...] = ("fp32",)
     halves: bool = True
 
+    @property
+    def direct_rows(self) -> int:
+        """Rows up to which unpacking once more costs less than storing what has been unpacked."""
+        return min(4, self.rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -80,6 +85,8 @@ class Kind:
         scale_access: "vector" (n contiguous), "strided", "tensor" or "block128".
         source: order of the codes: "panels", "rows" ([N, K] as given) or "columns" ([K, N]).
         panels: isa.panels, or 1 where N is less than as many times 16.
+        row_lanes: words of a register that belong to one group where few rows are multiplied with a weight's rows as
+            they lie (rows.py); 0 where they are gathered into panels.
     """
 
     isa: Isa
@@ -94,13 +101,16 @@ class Kind:
     scale_access: str
     source: str
     panels: int
+    row_lanes: int = 0
 
     def deciding(self, part: str) -> Kind:
         """The kind with defaults in place of what makes no difference to a part, so that kinds share its code."""
         if part == "run":
             return Kind(self.isa, "", 8, False, "bf16", "bf16", "fp32", False, "", "", "panels", 1)
         if part == "pack":
-            return dataclasses.replace(self, y="bf16", scale="", scale_access="", source="panels", panels=1)
+            return dataclasses.replace(
+                self, y="bf16", scale="", scale_access="", source="panels", panels=1, row_lanes=0
+            )
         return self
 
     @property
@@ -155,12 +165,21 @@ class Kind:
         """fp32 vectors of a group of a panel: scales, and zeros with their sign turned."""
         return 1 + (self.shifted or self.subtracts)
 
-    def scratch_bytes(self, gathered_words: int, groups: int, block_words: int) -> int:
-        """Of a thread: the scales of a block, its sums, its operands, words in the order of "panels"."""
+    def scratch_bytes(self, gathered_words: int, words: int, groups: int, block_words: int) -> int:
+        """Of a thread: the scales of a block, its sums, and its operands and words in the order of "panels", or what
+        few rows are multiplied from (`rows_bytes`)."""
         line = self.panels * PANEL * 4
         gathered = 0 if self.source == "panels" else gathered_words * line
         scales = groups * self.parts * line if self.scale else 0
-        return gathered + scales + ITEM_ROWS * line + block_words * self.operands * line
+        rows = self.isa.direct_rows * sum(self.rows_bytes(words, groups))
+        return scales + ITEM_ROWS * line + max(gathered + block_words * self.operands * line, rows)
+
+    def rows_bytes(self, words: int, groups: int) -> tuple[int, int]:
+        """Of a row of activations as `RowKernels.arrange` leaves it, and of its partial sums."""
+        if not self.row_lanes:
+            return 0, 0
+        lanes = self.isa.lanes
+        return -(-words // lanes) * self.operands * lanes * 4, groups * self.row_lanes * lanes * 4
 
     @property
     def sums(self) -> bool:
