@@ -55,7 +55,7 @@ UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
 CHUNK_WORDS = 16  # of a row, gathered at once for few rows: a cache line of each
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
-_LEAST_ROW_LANES = 4  # 128 bits, inside which sums are transposed first
+_LEAST_ROW_WORDS = 4  # 128 bits, inside which sums are transposed first
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CPU = torch.device("cpu")
 _LINE = 64  # bytes of a cache line
@@ -222,18 +222,16 @@ def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
         scale_access="vector" if prepared else access[weight.scale_layout],
         source=source,
         panels=isa.panels if isa.panels * PANEL <= weight.N else 1,
-        row_lanes=_row_lanes(isa, dot, source, shared * fmt.bits // 32, weight.K * fmt.bits // 32),
+        row_words=_row_words(isa, dot, source, shared * fmt.bits // 32, weight.K * fmt.bits // 32),
     )  # fmt: skip
 
 
-def _row_lanes(isa: Any, dot: str, source: str, group_words: int, words: int) -> int:
-    """`Kind.row_lanes`: only sums of integers are the same in any order, and registers must fit groups."""
-    if source != "rows" or not dot.startswith("int") or words < isa.lanes:
+def _row_words(isa: Any, dot: str, source: str, group_words: int, words: int) -> int:
+    """`Kind.row_words`: only sums of integers are the same in any order; registers and groups must fit each other."""
+    if source != "rows" or not dot.startswith("int") or words % max(isa.lanes, group_words):
         return 0
-    if group_words % isa.lanes == 0:
-        return isa.lanes
-    fits = isa.lanes % group_words == 0 and words % isa.lanes == 0
-    return group_words if fits and group_words >= _LEAST_ROW_LANES else 0
+    fits = group_words % isa.lanes == 0 or isa.lanes % group_words == 0
+    return group_words if fits and group_words >= _LEAST_ROW_WORDS else 0
 
 
 def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:

@@ -256,7 +256,7 @@ def _multiply_item(kind: Kind, micro: MicroKernels) -> Any:
 
     again: the thread's unit before was of the same item.
     """
-    multiply_few = _multiply_few_of_rows(kind, micro) if kind.row_lanes else _multiply_few_of_panels(kind, micro)
+    multiply_few = _multiply_few_of_rows(kind, micro) if kind.row_words else _multiply_few_of_panels(kind, micro)
     multiply_many, direct = _multiply_many(kind, micro), kind.isa.direct_rows
 
     @compiled
@@ -273,7 +273,7 @@ def _multiply_few_of_rows(kind: Kind, micro: MicroKernels) -> Any:
     """The rows of the weight as they lie."""
     few = RowKernels(micro)
     arrange, multiply, add = (device_function(one) for one in (few.arrange, few.multiply, few.add))
-    lanes, width, register = kind.isa.lanes, kind.panels * PANEL, kind.operands * kind.isa.lanes * 4
+    lanes, width, word_bytes = kind.isa.lanes, kind.panels * PANEL, kind.operands * 4
 
     @compiled
     def arrange_rows(a, row, rows, out):  # type: ignore[no-untyped-def]
@@ -290,7 +290,7 @@ def _multiply_few_of_rows(kind: Kind, micro: MicroKernels) -> Any:
     @compiled
     def multiply_few(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
         x = total + ITEM_ROWS * width * 4
-        partial = x + rows * ((get(a, _WORDS) + lanes - 1) // lanes) * register
+        partial = x + rows * get(a, _WORDS) * word_bytes
         if not again:
             arrange_rows(a, row, rows, x)
         for first in range(0, width, lanes):

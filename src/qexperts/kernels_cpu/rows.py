@@ -22,42 +22,35 @@ from .vectors import I32, Emitter, vector
 __all__ = ["RowKernels"]
 
 AHEAD = 4096  # bytes that are fetched before they are read
+LINE = 64  # bytes of a cache line
 
 
 class RowKernels:
-    """The micro-kernels of a kind with `row_lanes`."""
+    """The micro-kernels of a kind with `row_words`."""
 
     def __init__(self, micro: MicroKernels) -> None:
         self._micro, self._k = micro, micro.k
         self._lanes, self._bytes = micro.k.isa.lanes, micro.bytes
+        self._size = max(1, micro.k.row_words // self._lanes)  # registers of a segment
 
-    def _registers(self, e: Emitter, a: Any) -> tuple[Any, Any, Any]:
-        """Of a row; of a segment; and how many segments there are."""
-        b, lanes = e.builder, e.number(self._lanes)
-        count = b.sdiv(e.add(e.field(a, Arg.WORDS), self._lanes - 1), lanes)
-        size = b.sdiv(e.field(a, Arg.GROUP_WORDS), lanes) if self._k.row_lanes == self._lanes else e.number(1)
-        return count, size, b.sdiv(e.add(count, e.add(size, -1)), size)
+    def _registers(self, e: Emitter, a: Any) -> Any:
+        """Of a row."""
+        return e.builder.sdiv(e.field(a, Arg.WORDS), e.number(self._lanes))
 
-    def _first_word(self, e: Emitter, a: Any, register: Any) -> Any:
-        """The last register of a row overlaps the one before it."""
-        return e.least(e.mul(register, self._lanes), e.add(e.field(a, Arg.WORDS), -self._lanes))
+    def _segments(self, e: Emitter, a: Any) -> Any:
+        return e.builder.sdiv(self._registers(e, a), e.number(self._size))
 
     def arrange(self, e: Emitter, a: Any, row: Any, rows: Any, out: Any) -> None:
-        """Packed rows of activations -> [rows, registers, operands, lanes]; 0 where a register overlaps another."""
+        """Packed rows of activations -> [rows, registers, operands, lanes]."""
         e.never_inline()
-        b, lanes, operands = e.builder, self._lanes, self._k.operands
-        count, _, _ = self._registers(e, a)
-        numbers = e.constant(vector(I32, lanes), range(lanes))
+        lanes, operands, count = self._lanes, self._k.operands, self._registers(e, a)
         with e.loop(rows) as m, e.loop(count) as i:
             x = e.add(e.field(a, Arg.X), e.mul(e.add(row, m), e.field(a, Arg.X_STEP)))
-            word = self._first_word(e, a, i)
-            every = e.load(x, vector(I32, lanes * operands), e.mul(word, 4 * operands))
-            seen = b.trunc(b.sub(e.mul(i, lanes), word), I32)
-            new = b.icmp_signed(">=", numbers, e.splat(seen, lanes))
-            place = e.mul(e.add(e.mul(m, count), i), operands * self._bytes)
+            step = operands * self._bytes
+            every = e.load(x, vector(I32, lanes * operands), e.mul(i, step))
             for o in range(operands):
                 one = e.shuffle(every, every, range(o, lanes * operands, operands))
-                e.store(b.select(new, one, e.zero(one.type)), out, e.add(place, o * self._bytes))
+                e.store(one, out, e.add(e.mul(e.add(e.mul(m, count), i), step), o * self._bytes))
 
     def multiply(self, e: Emitter, a: Any, rows: Any, codes: Any, ahead: Any, first: Any, x: Any, partial: Any) -> None:
         """partial [rows, segments, lanes, lanes] of `lanes` rows of a block of the weight, from row `first` of it on.
@@ -70,42 +63,39 @@ class RowKernels:
                 self._multiply_rows(e, a, m, (codes, ahead, first), x, partial)
 
     def _multiply_rows(self, e: Emitter, a: Any, rows: int, weight: tuple[Any, Any, Any], x: Any, partial: Any) -> None:
-        b, lanes, micro = e.builder, self._lanes, self._micro
+        b, lanes = e.builder, self._lanes
         codes, ahead, first = weight
-        count, size, segments = self._registers(e, a)
-        step, block = e.field(a, Arg.CODES_STEP), e.number(self._k.panels * PANEL)
+        step, block, segments = e.field(a, Arg.CODES_STEP), e.number(self._k.panels * PANEL), self._segments(e, a)
         distance = e.add(b.sdiv(e.number(AHEAD), e.mul(e.field(a, Arg.WORDS), 4)), 1)
-        sums = [[e.variable(micro.words) for _ in range(micro.most_ways(rows))] for _ in range(rows)]
         with e.loop(e.number(lanes)) as r:
             n = e.add(first, r)
             w, later = e.add(codes, e.mul(step, n)), e.add(n, distance)
             inside = b.icmp_signed("<", later, block)
             fetched = e.add(b.select(inside, codes, b.sub(ahead, e.mul(step, block))), e.mul(step, later))
             with e.loop(segments) as s:
-                for one in (one for ways in sums for one in ways):
-                    one.set(e.zero(one.kind))
-                start = e.mul(s, size)
-                with e.loop(e.least(size, b.sub(count, start))) as i:
-                    self._multiply_register(e, a, (w, fetched), e.add(start, i), x, sums)
-                for m, ways in enumerate(sums):
+                sums = self._multiply_segment(e, a, rows, (w, fetched), s, x)
+                for m, total in enumerate(sums):
                     place = e.mul(e.add(e.mul(e.add(e.mul(segments, m), s), lanes), r), self._bytes)
-                    e.store(micro.together(e, [way.get() for way in ways]), partial, place)
+                    e.store(total, partial, place)
 
-    def _multiply_register(
-        self, e: Emitter, a: Any, weight: tuple[Any, Any], register: Any, x: Any, sums: list[list[Any]]
-    ) -> None:
-        """One register of words of a row of the weight; the same of another row is fetched."""
+    def _multiply_segment(self, e: Emitter, a: Any, rows: int, weight: tuple[Any, Any], s: Any, x: Any) -> list[Any]:
+        """The sums of one segment of a row of the weight, for each row of activations; the same of another row of the
+        weight is fetched."""
         w, fetched = weight
-        count, _, _ = self._registers(e, a)
-        word, operands = e.mul(self._first_word(e, a, register), 4), self._k.operands
-        e.prefetch(fetched, word)
-        found = self._micro.operand_vectors(e, e.load(w, self._micro.words, word), ways=len(sums[0]))
-        for o, operand in enumerate(found):
-            for m, ways in enumerate(sums):
-                place = e.mul(e.add(e.mul(count, m), register), operands * self._bytes)
-                total = ways[o % len(ways)]
-                value = e.load(x, total.kind, e.add(place, o * self._bytes))
-                total.set(self._micro.dot(e, total.get(), operand, value))
+        micro, step = self._micro, self._k.operands * self._bytes
+        row_step, ways = e.mul(self._registers(e, a), step), micro.most_ways(rows)
+        sums = [[e.zero(micro.words)] * ways for _ in range(rows)]
+        for i in range(self._size):
+            place = e.add(e.mul(s, self._size * self._bytes), i * self._bytes)
+            if i * self._bytes % LINE == 0:
+                e.prefetch(fetched, place)
+            found = micro.operand_vectors(e, e.load(w, micro.words, place), ways=ways)
+            for o, operand in enumerate(found):
+                x_place = e.add(e.mul(place, self._k.operands), o * self._bytes)
+                for m, of_row in enumerate(sums):
+                    value = e.load(x, micro.words, e.add(e.mul(row_step, m), x_place))
+                    of_row[o % ways] = micro.dot(e, of_row[o % ways], operand, value)
+        return [micro.together(e, of_row) for of_row in sums]
 
     def add(self, e: Emitter, a: Any, rows: Any, partial: Any, row: Any, scales: Any, first: Any) -> None:
         """Total what `multiply` left of `lanes` rows of the weight; add it, scaled, to the totals behind the scales.
@@ -114,7 +104,7 @@ class RowKernels:
         """
         e.never_inline()
         k, lanes, micro = self._k, self._lanes, self._micro
-        _, _, segments = self._registers(e, a)
+        segments = self._segments(e, a)
         line, at = k.parts * k.panels * 64, e.mul(first, 4)
         totals = e.add(scales, e.mul(e.field(a, Arg.GROUPS), line), at)
         with e.loop(rows) as m:
@@ -124,7 +114,7 @@ class RowKernels:
             with e.loop(segments) as s:
                 of = e.add(partial, e.mul(e.add(e.mul(segments, m), s), lanes * self._bytes))
                 rows_of = [e.load(of, micro.words, r * self._bytes) for r in range(lanes)]
-                found = summed(e, rows_of, k.row_lanes)
+                found = summed(e, rows_of, min(k.row_words, lanes))
                 for i, value in enumerate(found):
                     g = e.add(e.mul(s, len(found)), i)
                     scales_of = e.add(scales, e.mul(g, line), at)

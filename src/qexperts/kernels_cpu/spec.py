@@ -85,8 +85,8 @@ class Kind:
         scale_access: "vector" (n contiguous), "strided", "tensor" or "block128".
         source: order of the codes: "panels", "rows" ([N, K] as given) or "columns" ([K, N]).
         panels: isa.panels, or 1 where N is less than as many times 16.
-        row_lanes: words of a register that belong to one group where few rows are multiplied with a weight's rows as
-            they lie (rows.py); 0 where they are gathered into panels.
+        row_words: words of a group, where few rows are multiplied with the rows of a weight as they lie (rows.py); 0
+            where those are gathered into panels.
     """
 
     isa: Isa
@@ -101,7 +101,7 @@ class Kind:
     scale_access: str
     source: str
     panels: int
-    row_lanes: int = 0
+    row_words: int = 0
 
     def deciding(self, part: str) -> Kind:
         """The kind with defaults in place of what makes no difference to a part, so that kinds share its code."""
@@ -109,7 +109,7 @@ class Kind:
             return Kind(self.isa, "", 8, False, "bf16", "bf16", "fp32", False, "", "", "panels", 1)
         if part == "pack":
             return dataclasses.replace(
-                self, y="bf16", scale="", scale_access="", source="panels", panels=1, row_lanes=0
+                self, y="bf16", scale="", scale_access="", source="panels", panels=1, row_words=0
             )
         return self
 
@@ -176,10 +176,10 @@ class Kind:
 
     def rows_bytes(self, words: int, groups: int) -> tuple[int, int]:
         """Of a row of activations as `RowKernels.arrange` leaves it, and of its partial sums."""
-        if not self.row_lanes:
+        if not self.row_words:
             return 0, 0
         lanes = self.isa.lanes
-        return -(-words // lanes) * self.operands * lanes * 4, groups * self.row_lanes * lanes * 4
+        return words * self.operands * 4, groups * min(self.row_words, lanes) * lanes * 4
 
     @property
     def sums(self) -> bool:
