@@ -67,24 +67,25 @@ class RowKernels:
         codes, ahead, first = weight
         step, block, segments = e.field(a, Arg.CODES_STEP), e.number(self._k.panels * PANEL), self._segments(e, a)
         distance = e.add(b.sdiv(e.number(AHEAD), e.mul(e.field(a, Arg.WORDS), 4)), 1)
+        row_step = e.mul(e.field(a, Arg.WORDS), 4 * self._k.operands)
+        x_rows = [e.add(x, e.mul(row_step, m)) for m in range(rows)]
         with e.loop(e.number(lanes)) as r:
             n = e.add(first, r)
             w, later = e.add(codes, e.mul(step, n)), e.add(n, distance)
             inside = b.icmp_signed("<", later, block)
             fetched = e.add(b.select(inside, codes, b.sub(ahead, e.mul(step, block))), e.mul(step, later))
             with e.loop(segments) as s:
-                sums = self._multiply_segment(e, a, rows, (w, fetched), s, x)
+                sums = self._multiply_segment(e, (w, fetched), s, x_rows)
                 for m, total in enumerate(sums):
                     place = e.mul(e.add(e.mul(e.add(e.mul(segments, m), s), lanes), r), self._bytes)
                     e.store(total, partial, place)
 
-    def _multiply_segment(self, e: Emitter, a: Any, rows: int, weight: tuple[Any, Any], s: Any, x: Any) -> list[Any]:
+    def _multiply_segment(self, e: Emitter, weight: tuple[Any, Any], s: Any, x_rows: list[Any]) -> list[Any]:
         """The sums of one segment of a row of the weight, for each row of activations; the same of another row of the
         weight is fetched."""
         w, fetched = weight
-        micro, step = self._micro, self._k.operands * self._bytes
-        row_step, ways = e.mul(self._registers(e, a), step), micro.most_ways(rows)
-        sums = [[e.zero(micro.words)] * ways for _ in range(rows)]
+        micro, ways = self._micro, self._micro.most_ways(len(x_rows))
+        sums = [[e.zero(micro.words)] * ways for _ in x_rows]
         for i in range(self._size):
             place = e.add(e.mul(s, self._size * self._bytes), i * self._bytes)
             if i * self._bytes % LINE == 0:
@@ -92,8 +93,8 @@ class RowKernels:
             found = micro.operand_vectors(e, e.load(w, micro.words, place), ways=ways)
             for o, operand in enumerate(found):
                 x_place = e.add(e.mul(place, self._k.operands), o * self._bytes)
-                for m, of_row in enumerate(sums):
-                    value = e.load(x, micro.words, e.add(e.mul(row_step, m), x_place))
+                for x, of_row in zip(x_rows, sums, strict=True):
+                    value = e.load(x, micro.words, x_place)
                     of_row[o % ways] = micro.dot(e, of_row[o % ways], operand, value)
         return [micro.together(e, of_row) for of_row in sums]
 
