@@ -31,7 +31,7 @@ from .binding import Bound, of_peer
 from .candidates import Candidate
 from .workloads import Workload
 
-__all__ = ["PACKAGE", "ArkProvider", "PrepackedProvider", "ark_operands", "version"]
+__all__ = ["PACKAGE", "ArkProvider", "Loop", "PrepackedProvider", "Slices", "ark_operands", "version"]
 
 PACKAGE = "auto-round-lib"
 MODULE = "auto_round_kernel"
@@ -41,8 +41,8 @@ COMPUTE, SCALES = "auto", "fp32"
 Slices = list[tuple[int, int, int]]
 
 
-class _Loop:
-    """What both share: one multiplication for each active expert. The packed weights are made once."""
+class Loop:
+    """What the loops share: one multiplication for each active expert. The packed weights are made once."""
 
     def __init__(self, workload: Workload, tensors: Inputs) -> None:
         self._t = tensors
@@ -71,7 +71,7 @@ class _Loop:
         return Bound(lambda: run(slices), Counter(gemm=len(slices)), 0, config=config)
 
 
-class PrepackedProvider(_Loop):
+class PrepackedProvider(Loop):
     """oneDNN on weights reordered into its blocks, in the dtype torch multiplies in."""
 
     def refuse(self, candidate: Candidate) -> str | None:
@@ -99,7 +99,7 @@ class PrepackedProvider(_Loop):
         return self._bound(candidate, run)
 
 
-class ArkProvider(_Loop):
+class ArkProvider(Loop):
     """ARK's quantized linear layer."""
 
     def refuse(self, candidate: Candidate) -> str | None:
