@@ -143,7 +143,8 @@ def _rounded(x: torch.Tensor, group: int, scale_dtype: torch.dtype) -> torch.Ten
     groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
     top = groups.abs().amax(2, keepdim=True)
     scale = torch.where(top == 0, 1.0, top / 127).to(scale_dtype)
-    codes = torch.round(groups * torch.where(top == 0, 1.0, 127 / top))
+    steps = torch.full_like(top, 127) / top  # 127 / top is 127 times a rounded reciprocal: ties round otherwise
+    codes = torch.round(groups * torch.where(top == 0, 1.0, steps))
     return (codes.double() * scale.double()).flatten(1)[:, :k]
 
 

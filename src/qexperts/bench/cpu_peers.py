@@ -13,7 +13,6 @@ OMP_NUM_THREADS, not torch's number.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections import Counter
@@ -29,9 +28,10 @@ from ..strategies import Take
 from ..testing import Inputs
 from .binding import Bound, of_peer
 from .candidates import Candidate
+from .environment import version_of
 from .workloads import Workload
 
-__all__ = ["PACKAGE", "ArkProvider", "Loop", "PrepackedProvider", "Slices", "ark_operands", "version"]
+__all__ = ["PACKAGE", "ArkProvider", "Loop", "PrepackedProvider", "Slices", "ark_operands"]
 
 PACKAGE = "auto-round-lib"
 MODULE = "auto_round_kernel"
@@ -129,15 +129,9 @@ class ArkProvider(Loop):
                 ark.woqgemm(rows[first:last], packed[expert], none, *fixed, out=y[first:last])
             return y.to(x.dtype)
 
-        return self._bound(candidate, run, f"{PACKAGE} {version()}: woqgemm, compute type {COMPUTE}, {SCALES} scales")
-
-
-def version() -> str | None:
-    """Of the installed package, or None."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        return self._bound(
+            candidate, run, f"{PACKAGE} {version_of(PACKAGE)}: woqgemm, compute type {COMPUTE}, {SCALES} scales"
+        )
 
 
 def _module() -> Any:

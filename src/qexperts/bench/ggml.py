@@ -20,29 +20,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..formats import QuantWeight
+from ..kernels_cpu.pages import use_huge_pages
 from ..quantize import unpack
 from ..strategies import Take
 from ..testing import Q8_0_BLOCK, Inputs
 from .binding import Bound, Refused
 from .candidates import Candidate
 from .cpu_peers import Loop, Slices
+from .environment import version_of
 from .workloads import Workload
 
-__all__ = ["PACKAGE", "GgmlProvider", "blocks", "version"]
+__all__ = ["PACKAGE", "GgmlProvider", "blocks"]
 
 PACKAGE = "llama-cpp-python"
 MODULE = "llama_cpp"
@@ -94,14 +95,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_tensor_alloc": (c_int, c_void_p, c_void_p, c_void_p),
     "ggml_backend_tensor_set": (None, c_void_p, c_void_p, c_size_t, c_size_t),
 }
-
-
-def version() -> str | None:
-    """Of the installed package, or None."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def blocks(weight: QuantWeight) -> torch.Tensor:
@@ -207,8 +200,10 @@ class _Weights:
         self.experts = [c.ggml_new_tensor_2d(self._context, *described) for _ in range(weight.E)]
         self.all = c.ggml_new_tensor_3d(self._context, *described, weight.E)
         step, whole = (c.ggml_backend_buft_get_alloc_size(buffer_type, t) for t in (self.experts[0], self.all))
-        self._buffer = library.buffer(c.ggml_backend_buft_alloc_buffer(buffer_type, max(step * weight.E, whole)))
+        size = max(step * weight.E, whole)
+        self._buffer = library.buffer(c.ggml_backend_buft_alloc_buffer(buffer_type, size))
         base = c.ggml_backend_buffer_get_base(self._buffer)
+        self._bytes = torch.frombuffer((c_uint8 * size).from_address(base), dtype=torch.uint8)
         for tensor, offset in zip([*self.experts, self.all], [*range(0, step * weight.E, step), 0], strict=True):
             c.ggml_backend_tensor_alloc(self._buffer, tensor, base + offset)
 
@@ -226,6 +221,7 @@ class _Weights:
         for e, matrix in enumerate(self.experts):
             written = blocks(weight.experts(e, e + 1))
             self._library.c.ggml_backend_tensor_set(matrix, written.data_ptr(), 0, written.numel())
+        use_huge_pages(self._bytes)  # as our prepared weights have them
 
 
 class _Product:
@@ -315,7 +311,7 @@ class GgmlProvider(Loop):
             return y
 
         type_name, operation = TYPES[self._t.weight.format.name][0], "mul_mat_id" if _grouped(candidate) else "mul_mat"
-        config = f"{PACKAGE} {version()}: {type_name}, {operation}, buffer {made.weights.name}"
+        config = f"{PACKAGE} {version_of(PACKAGE)}: {type_name}, {operation}, buffer {made.weights.name}"
         counts = Counter(gemm=made.launches)
         if candidate.api == "wrapper":
             return Bound(lambda: run(self._product(candidate, x_wide, y_wide)), counts, 0, config=config)
