@@ -242,7 +242,7 @@ def test_formats_doctor_and_help() -> None:
     assert done.returncode == 0, done.stderr
     for text in (
         "AMD GPU", "Intel GPU", "never run", "Ceilings", "torch", "int4_asym", "fp16 weights need fp16", "triton",
-        "runs on GPUs", "Peers: humming-kernels", "auto-round-lib",
+        "runs on GPUs", "Peers: humming-kernels", "auto-round-lib", "llama-cpp-python",
     ):  # fmt: skip
         assert text in done.stdout
     for arguments in ([], ["bench"], ["--help"], ["bench", "prefill", "--help"]):

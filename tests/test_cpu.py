@@ -264,7 +264,7 @@ def test_int8_activations(isa: str, fmt: str, monkeypatch: pytest.MonkeyPatch) -
     inputs = make_inputs(Case(ROWS, 64, 128, fmt, 32))
     inputs.x[3] = 0  # a group of zeros
     inputs = Inputs.of(inputs.x, inputs.weight, ROWS)
-    rounded = inputs.with_int8_activations()
+    rounded = inputs.with_activations("int8")
     got = multiply(inputs, activation_format="int8")
     assert_no_worse(got, rounded.oracle, rounded.peer, 128)
     assert 1e-3 < judge(got, inputs.oracle, inputs.peer, 128).error < 2e-2  # and what it costs
@@ -288,7 +288,7 @@ def test_int8_groups_of_other_scales(scale_layout: str, k: int) -> None:
     weight = quantize(w, "int8_sym", scale_layout=scale_layout)
     inputs = Inputs.of(torch.randn(sum(ROWS), k, generator=generator).bfloat16(), weight, ROWS)
     inputs.x[:, ::7] *= 20  # so that groups differ
-    rounded = inputs.with_int8_activations()
+    rounded = inputs.with_activations("int8")
     assert_no_worse(multiply(inputs, activation_format="int8"), rounded.oracle, rounded.peer, k)
 
 

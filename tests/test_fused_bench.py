@@ -100,10 +100,10 @@ def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run._providers(None, GPU) == ["torch", "fused"]
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     assert run._providers(None, GPU) == ["torch"]
-    assert run._providers("all", CPU) == ["torch", "fused", "humming", "prepacked", "ark"]
+    assert run._providers("all", CPU) == ["torch", "fused", "humming", "prepacked", "ark", "ggml"]
     assert run._providers("fused, torch", CPU) == ["fused", "torch"]
     with pytest.raises(
-        ValueError, match="--provider fast: expected a comma list of torch, fused, humming, prepacked, ark"
+        ValueError, match="--provider fast: expected a comma list of torch, fused, humming, prepacked, ark, ggml"
     ):
         run._providers("fast", CPU)
 

@@ -54,8 +54,9 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
         click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
         click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and the peers humming "
-                     "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights) and ark (CPU: auto-round-lib), "
-                     "or all.  [default: torch,fused; torch without Triton or, on a CPU, Numba]"),
+                     "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights), ark (CPU: auto-round-lib) and "
+                     "ggml (CPU: llama-cpp-python), or all.  "
+                     "[default: torch,fused; torch without Triton or, on a CPU, Numba]"),
         click.option("--weight-layout", default="prepared", show_default=True,
                      help="Comma list of prepared and public, of the weights that fused kernels read."),
         click.option("--activation-format", type=click.Choice(["int8"]),

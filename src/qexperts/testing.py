@@ -18,6 +18,8 @@ from .quantize import dequantize, quantize
 from .reference import grouped_gemm_reference
 
 __all__ = [
+    "Q8_0_BLOCK",
+    "ROUNDED",
     "Case",
     "ErrorReport",
     "Inputs",
@@ -27,11 +29,13 @@ __all__ = [
     "make_inputs",
     "nan_filled",
     "peer_gemm",
+    "q8_0_rounded",
 ]
 
 RMS_FACTOR = 2.0
 MAX_FACTOR = 4.0
 INT8_GROUP = 256  # k that share a scale of int8 activations where a group of the weight is all of K
+Q8_0_BLOCK = 32  # k that share a scale of ggml's activations
 ACCUMULATION = 2.0**-24  # one fp32 rounding; k of them add up to about sqrt(k)
 
 
@@ -88,10 +92,10 @@ class Inputs:
         plan = TokenPlan.from_counts(counts, x.shape[0])
         return cls(x, weight, counts, plan, grouped_gemm_reference(x, weight, rows), peer_gemm(x, weight, rows))
 
-    def with_int8_activations(self) -> Inputs:
-        """The same x, judged by what int8 activations are rounded to: no rounding error of theirs is forgiven or
-        charged, only what is done with them."""
-        rows, x = self.counts.tolist(), int8_rounded(self.x, self.weight)
+    def with_activations(self, activation_format: str) -> Inputs:
+        """The same x, judged by what activations of a format (of `ROUNDED`) are rounded to: no rounding error of theirs
+        is forgiven or charged, only what is done with them."""
+        rows, x = self.counts.tolist(), ROUNDED[activation_format](self.x, self.weight)
         peer = peer_gemm(x.to(self.x.dtype), self.weight, rows)
         return dataclasses.replace(self, oracle=grouped_gemm_reference(x, self.weight, rows), peer=peer)
 
@@ -126,11 +130,26 @@ def int8_rounded(x: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
     group = 128 if weight.scale_layout == "block128" else weight.group_size or k
     if weight.scale_layout in ("channel", "tensor") or group == k:
         group = min(INT8_GROUP, k)
+    return _rounded(x, group, torch.float32)
+
+
+def q8_0_rounded(x: torch.Tensor, weight: QuantWeight) -> torch.Tensor:
+    """What ggml makes of x as it multiplies: each row and 32 of k to 127 steps, whose size is fp16, in fp64."""
+    return _rounded(x, Q8_0_BLOCK, torch.float16)
+
+
+def _rounded(x: torch.Tensor, group: int, scale_dtype: torch.dtype) -> torch.Tensor:
+    k = x.shape[1]
     groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
     top = groups.abs().amax(2, keepdim=True)
-    scale = torch.where(top == 0, 1.0, top / 127)
-    codes = torch.round(groups * torch.where(top == 0, 1.0, 127 / top))
+    scale = torch.where(top == 0, 1.0, top / 127).to(scale_dtype)
+    steps = torch.full_like(top, 127) / top  # 127 / top is 127 times a rounded reciprocal: ties round otherwise
+    codes = torch.round(groups * torch.where(top == 0, 1.0, steps))
     return (codes.double() * scale.double()).flatten(1)[:, :k]
+
+
+# What activations are rounded to, by `activation_format`: (x, weight) -> x in fp64.
+ROUNDED = {"int8": int8_rounded, "q8_0": q8_0_rounded}
 
 
 def nan_filled(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:

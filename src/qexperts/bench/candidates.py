@@ -13,7 +13,7 @@ from .workloads import Workload
 
 __all__ = ["LAYOUTS", "OWN", "PROVIDERS", "Candidate", "enumerate_candidates"]
 
-PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark")
+PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark", "ggml")
 OWN: tuple[str, ...] = ("torch", "fused")  # the others are peers, packages of their own
 LAYOUTS: tuple[str, ...] = ("prepared", "public")
 
@@ -30,7 +30,8 @@ class Candidate:
         api: "raw": views, buffers and the plan are made before the clock; "wrapper": all inside.
         layout: of the weight: "public" or "prepared".
         phase: "decode" or "prefill" where the caller says so, "auto" where the call decides; None: no such choice.
-        activation_format: "int8": activations rounded by row and group inside the clock; None: as they are.
+        activation_format: activations rounded inside the clock, "int8": by row and group, "q8_0": by row and 32 of k;
+            None: as they are.
         threads: of a CPU; None: as many as torch has.
         tries: of a peer: configurations to try besides its default one.
     """
@@ -143,13 +144,16 @@ def _fused(
 
 def _peer(provider: str, device: torch.device, apis: Sequence[str], tries: int) -> list[Candidate]:
     """Weights are in the peer's own layout. Humming has one launch over all experts, the CPU's peers a loop over them;
-    prepacked weights are dequantized before the clock."""
+    prepacked weights are dequantized before the clock. ggml has both, and a plain layout beside its others."""
     scope = "base mm" if provider == "prepacked" else "fused"
-    name = "grouped" if provider == "humming" else "per_expert"
+    names = {"humming": ("grouped",), "ggml": ("per_expert", "grouped")}.get(provider, ("per_expert",))
+    rounded = "q8_0" if provider == "ggml" else None
     found = []
-    for api in apis:
-        strategy = Strategy(name) if api == "raw" else None
-        found.append(_maker(provider, scope, "prepared", api)(strategy, tries=tries))
+    for layout in LAYOUTS if provider == "ggml" else ("prepared",):
+        for api in apis:
+            make = _maker(provider, scope, layout, api)
+            strategies = [Strategy(name) for name in names] if api == "raw" else [None]
+            found += [make(strategy, tries=tries, activation_format=rounded) for strategy in strategies]
     return _with_graphs(found, device)
 
 

@@ -13,7 +13,6 @@ OMP_NUM_THREADS, not torch's number.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections import Counter
@@ -29,9 +28,10 @@ from ..strategies import Take
 from ..testing import Inputs
 from .binding import Bound, of_peer
 from .candidates import Candidate
+from .environment import version_of
 from .workloads import Workload
 
-__all__ = ["PACKAGE", "ArkProvider", "PrepackedProvider", "ark_operands", "version"]
+__all__ = ["PACKAGE", "ArkProvider", "Loop", "PrepackedProvider", "Slices", "ark_operands"]
 
 PACKAGE = "auto-round-lib"
 MODULE = "auto_round_kernel"
@@ -41,8 +41,8 @@ COMPUTE, SCALES = "auto", "fp32"
 Slices = list[tuple[int, int, int]]
 
 
-class _Loop:
-    """What both share: one multiplication for each active expert. The packed weights are made once."""
+class Loop:
+    """What the loops share: one multiplication for each active expert. The packed weights are made once."""
 
     def __init__(self, workload: Workload, tensors: Inputs) -> None:
         self._t = tensors
@@ -71,7 +71,7 @@ class _Loop:
         return Bound(lambda: run(slices), Counter(gemm=len(slices)), 0, config=config)
 
 
-class PrepackedProvider(_Loop):
+class PrepackedProvider(Loop):
     """oneDNN on weights reordered into its blocks, in the dtype torch multiplies in."""
 
     def refuse(self, candidate: Candidate) -> str | None:
@@ -99,7 +99,7 @@ class PrepackedProvider(_Loop):
         return self._bound(candidate, run)
 
 
-class ArkProvider(_Loop):
+class ArkProvider(Loop):
     """ARK's quantized linear layer."""
 
     def refuse(self, candidate: Candidate) -> str | None:
@@ -129,15 +129,9 @@ class ArkProvider(_Loop):
                 ark.woqgemm(rows[first:last], packed[expert], none, *fixed, out=y[first:last])
             return y.to(x.dtype)
 
-        return self._bound(candidate, run, f"{PACKAGE} {version()}: woqgemm, compute type {COMPUTE}, {SCALES} scales")
-
-
-def version() -> str | None:
-    """Of the installed package, or None."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        return self._bound(
+            candidate, run, f"{PACKAGE} {version_of(PACKAGE)}: woqgemm, compute type {COMPUTE}, {SCALES} scales"
+        )
 
 
 def _module() -> Any:

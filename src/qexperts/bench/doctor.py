@@ -11,8 +11,8 @@ from rich.table import Table
 
 from ..backends import BACKENDS, Problem, cpu_backend, explain, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
-from . import cpu_peers, humming
-from .environment import device_name, environment, pick_device
+from . import cpu_peers, ggml, humming
+from .environment import device_name, environment, pick_device, version_of
 from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS
 
@@ -69,8 +69,8 @@ def _triton(version: str | None) -> str:
 
 def _peer() -> str:
     """Whether the packages of the peers are there; who can use them says the benchmark."""
-    packages = ((humming.PACKAGE, humming.version()), (cpu_peers.PACKAGE, cpu_peers.version()))
-    found = [f"{package} {version or 'not installed'}" for package, version in packages]
+    packages = [peer.PACKAGE for peer in (humming, cpu_peers, ggml)]
+    found = [f"{package} {version_of(package) or 'not installed'}" for package in packages]
     return "; ".join([*found, "torch's own grouped mm, and its oneDNN on prepacked weights"])
 
 

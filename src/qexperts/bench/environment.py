@@ -17,7 +17,7 @@ import torch
 from .._version import __version__
 from .timing import flush_method
 
-__all__ = ["device_name", "environment", "pick_device", "with_threads"]
+__all__ = ["device_name", "environment", "pick_device", "version_of", "with_threads"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -63,7 +63,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "device_type": device.type,
         "driver": _driver(device),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "qexperts": __version__,
         "commit": _commit(),
@@ -81,7 +81,8 @@ def _portable(argument: str) -> str:
     return Path(argument).name if os.path.isabs(argument) else argument
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

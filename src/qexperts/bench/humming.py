@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import statistics
@@ -31,10 +30,11 @@ from ..strategies import Step, Take
 from ..testing import Inputs, judge
 from .binding import Bound, Refused, of_peer
 from .candidates import Candidate
+from .environment import version_of
 from .timing import Sampler
 from .workloads import Workload
 
-__all__ = ["PACKAGE", "HummingProvider", "packed", "version"]
+__all__ = ["PACKAGE", "HummingProvider", "packed"]
 
 PACKAGE = "humming-kernels"
 MODULE = "humming"
@@ -81,7 +81,7 @@ class HummingProvider:
         if dry:
             return Bound(lambda: y, Counter(), 0)
         chosen = self._chosen(candidate.tries)
-        config = f"{PACKAGE} {version()}: {chosen.name} {json.dumps(chosen.tuning, default=str)}"
+        config = f"{PACKAGE} {version_of(PACKAGE)}: {chosen.name} {json.dumps(chosen.tuning, default=str)}"
         if candidate.api == "wrapper":
             return Bound(_public(chosen, t), Counter(), 0, uses_scratch=False, config=config)
         offsets = torch.zeros(t.weight.E + 1, dtype=torch.int32, device=t.x.device)
@@ -107,14 +107,6 @@ class HummingProvider:
         if isinstance(self._set_up, Refused):
             raise self._set_up
         return self._set_up
-
-
-def version() -> str | None:
-    """Of the installed package, or None."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def packed(weight: QuantWeight) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

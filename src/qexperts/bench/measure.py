@@ -1,8 +1,8 @@
 """Check, then time, every candidate of one workload; a wrong result is never timed.
 
-Each is judged by the error rule of `qexperts.testing`. Rows on int8 activations have another error by their nature: the
-same rule is applied to them against the oracle, and the peer, on equally rounded activations, so that a wrong result is
-caught as it is elsewhere; the error that their records state is the one against the true oracle, x unrounded.
+Each is judged by the error rule of `qexperts.testing`. Rows on rounded activations have another error by their nature:
+the same rule is applied to them against the oracle, and the peer, on equally rounded activations, so that a wrong
+result is caught as it is elsewhere; the error that their records state is the one against the true oracle, x unrounded.
 """
 
 from __future__ import annotations
@@ -152,16 +152,17 @@ class _Gate:
 
     def __init__(self, tensors: Inputs) -> None:
         self._t = tensors
-        self._rounded: Inputs | None = None
+        self._rounded: dict[str, Inputs] = {}
 
     def judge(self, y: torch.Tensor, activation_format: str | None) -> ErrorReport:
         t = self._t
         report = judge(y, t.oracle, t.peer, t.x.shape[1])
         if activation_format is None:
             return report
-        if self._rounded is None:
-            self._rounded = t.with_int8_activations()
-        verdict = judge(y, self._rounded.oracle, self._rounded.peer, t.x.shape[1])
+        if activation_format not in self._rounded:
+            self._rounded[activation_format] = t.with_activations(activation_format)
+        rounded = self._rounded[activation_format]
+        verdict = judge(y, rounded.oracle, rounded.peer, t.x.shape[1])
         return dataclasses.replace(verdict, error=report.error, error_peer=report.error_peer)
 
 

@@ -65,6 +65,10 @@ def _provider(name: str, device: torch.device) -> Callable[[Workload, Inputs], P
         from .cpu_peers import ArkProvider, PrepackedProvider
 
         return PrepackedProvider if name == "prepacked" else ArkProvider
+    if name == "ggml":
+        from .ggml import GgmlProvider
+
+        return GgmlProvider
     from .humming import HummingProvider
 
     return HummingProvider

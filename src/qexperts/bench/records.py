@@ -49,7 +49,7 @@ class Record:
     api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
     weight_layout: str  # "public" | "prepared"
     phase: str | None = None  # "decode" | "prefill" | "auto" (by the counts); None: no such choice
-    activation_format: str | None = None  # "int8": activations rounded by row and group; None: as they are
+    activation_format: str | None = None  # "int8": activations rounded by row and group; "q8_0": by row and 32 of k
     config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
     top_k: int | None = None  # decode: experts per token

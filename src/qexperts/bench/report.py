@@ -44,6 +44,7 @@ _CEILINGS = (
     ("copy", "GB/s", "ceiling_copy_gbps"),
     ("read", "GB/s", "ceiling_read_gbps"),
 )
+_ROUNDED = {"int8": "group", "q8_0": "32 of k"}  # by what activations are rounded, beside by row
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 _DERIVED = (
     "speedup", "tflops", "gbps", "floor_ms", "roofline", "read_fraction",
@@ -167,13 +168,15 @@ def _summary_row(group: list[Record], baselines: dict[tuple[Any, ...], Record]) 
 
 def _peer_of(row: Row, group: Sequence[Record]) -> Record | None:
     """Of kernels on packed weights: the fastest of the other packages' launches over all experts, with torch's on
-    weights that are ready; on a CPU, where that is a loop, torch's loop too."""
+    weights that are ready; on a CPU, where that is a loop, torch's loop too. Only rows on
+    rounded activations have peers on rounded ones."""
     if row.record.provider != OURS:
         return None
     launches = ("grouped", "per_expert") if row.record.device_type == "cpu" else ("grouped",)
     return fastest(
         r for r in group
         if r.provider != OURS and (r.provider != "torch" or (r.scope == "base mm" and r.strategy in launches))
+        and (r.activation_format is None or row.record.activation_format is not None)
     )  # fmt: skip
 
 
@@ -266,10 +269,12 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
         notes.append(f"best: the lowest median of the {ranked}")
     seen = [r for row in shown for r in (row.record, row.ready) if r is not None]
-    if any(r.activation_format for r in seen):
+    rounded = [f"{name} activations: rounded by row and {of}" for name, of in _ROUNDED.items()
+               if any(r.activation_format == name for r in seen)]  # fmt: skip
+    if rounded:
         notes.append(
-            "int8 activations: rounded by row and group inside the clock; checked against the oracle on equally "
-            "rounded activations, their error is that against the true one; not ranked with the other rows"
+            f"{', '.join(rounded)} inside the clock; checked against the oracle on equally rounded activations, their "
+            "error is that against the true one; not ranked with the other rows"
         )
     if any(r.graph for r in seen):
         notes.append("graph: replayed from a CUDA graph, which holds for exactly these counts")
