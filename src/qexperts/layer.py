@@ -210,7 +210,7 @@ class QuantExperts(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states.
 
-        phase, decode_threshold: as for `grouped_gemm`, of both multiplications; a caller who knows the phase may say so.
+        phase, decode_threshold: as for `grouped_gemm`, of both multiplications; a caller who knows it may say so.
         """
         experts = _Experts(
             self.gate_up,
