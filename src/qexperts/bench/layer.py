@@ -27,7 +27,7 @@ from ..testing import experts_loop, judge, nan_filled
 from . import transformers_peer
 from .binding import Refused, of_peer
 from .candidates import HINTED, WAYS
-from .measure import UNKNOWN_LAUNCHES, captured, fits, summarise
+from .measure import captured, fits, summarise
 from .records import Record
 from .roofline import Ceilings, useful_flop
 from .timing import Sampler, issue_us
@@ -38,6 +38,7 @@ __all__ = ["measure_layer"]
 STEPS = ("prefill", "decode")
 SYNCING = ("manual_branch",)
 PEER = "transformers"
+LAUNCHES = 32  # of a call, about the most; that of a way that waits for the host does not matter
 
 Experts = Callable[[torch.Tensor, Routed], torch.Tensor]  # one layer
 
@@ -253,7 +254,7 @@ def _prepare(row: _Row, workload: LayerWorkload, layers: Sequence[_Layer], devic
     row.run = run
     if device.type == "cuda" and not row.way.graph:
         one_pass = functools.partial(_run, work[: len(layers)])
-        record.host_us = issue_us(one_pass, device, UNKNOWN_LAUNCHES * len(layers))
+        record.host_us = issue_us(one_pass, device, LAUNCHES * len(layers))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from .roofline import Ceilings, mandatory_bytes, reads, useful_flop
 from .timing import ROTATE, Rotation, Sampler, host_ms, issue_us, last_level_cache, percentile
 from .workloads import Workload, make_inputs
 
-__all__ = ["UNKNOWN_LAUNCHES", "captured", "fits", "measure_workload", "summarise"]
+__all__ = ["captured", "fits", "measure_workload", "summarise"]
 
 T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
