@@ -20,9 +20,9 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from qexperts import QuantExperts, dequantize
+from qexperts import QuantExperts
 from qexperts.bench.timing import Rotation, Sampler, host_ms, percentile, synchronize
-from qexperts.layer import ACTIVATIONS
+from qexperts.testing import experts_loop
 
 CACHE = 1024  # tokens; there is room for what `issue_us` does without a reset
 SAMPLE_MS = 500  # of the slowest, where its steps are many
@@ -294,23 +294,9 @@ class Loop(nn.Module):
         self.experts = experts
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        m, out = self.experts, torch.zeros_like(x, dtype=torch.float32)
-        for e in ids.unique().tolist():
-            token, choice = (ids == e).nonzero(as_tuple=True)
-            up, down = (dequantize(w.experts(e, e + 1), x.dtype)[0] for w in (m.gate_up, m.down))
-            h = x[token] @ up.T
-            h = h if m.gate_up_bias is None else h + m.gate_up_bias[e]
-            if callable(m.activation):
-                h = m.activation(h)
-            elif h.shape[1] == down.shape[1]:
-                h = ACTIVATIONS[m.activation](h)
-            else:
-                gate, rest = h.chunk(2, -1)
-                h = ACTIVATIONS[m.activation](gate) * rest
-            y = h @ down.T
-            y = y if m.down_bias is None else y + m.down_bias[e]
-            out.index_add_(0, token, y.float() * weights[token, choice, None].float())
-        return out.to(x.dtype)
+        m = self.experts
+        biases = {"gate_up_bias": m.gate_up_bias, "down_bias": m.down_bias}
+        return experts_loop(x, m.gate_up, m.down, ids, weights, m.activation, **biases)
 
 
 def follow(model: Any, modules: Sequence[Any], routing: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:

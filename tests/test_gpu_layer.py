@@ -145,7 +145,7 @@ def test_opcheck(fmt: str) -> None:
     x = inputs.x.clone().requires_grad_()
     ops = torch.ops.qexperts
     check_operator(ops.moe, *moe_arguments(inputs, x), "moe", None, "auto", 4)
-    check_operator(ops.grouped_gemm, x, inputs.counts, *weight_fields(inputs.weight), "auto")
+    check_operator(ops.grouped_gemm, x, inputs.counts, *weight_fields(inputs.weight), "auto", "auto", 4)
     dy = torch.randn(8, 32, device=DEVICE).to(x.dtype)
     check_operator(ops.grouped_gemm_backward, dy, inputs.counts, *weight_fields(inputs.weight), None, x.dtype, "moe")
 

@@ -259,20 +259,26 @@ def test_strided_activations() -> None:
         )
 
 
-def test_the_backend_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+def test_backend_and_phase_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
     multiply = qexperts.layer.grouped_gemm
 
-    def spied(*arguments: Any, backend: str, activation_format: str | None) -> torch.Tensor:
-        seen.append(backend)
-        assert activation_format is None
-        return multiply(*arguments, backend=backend)
+    def spied(*arguments: Any, **how: Any) -> torch.Tensor:
+        seen.append((how["backend"], how["phase"], how["decode_threshold"]))
+        assert how["activation_format"] is None
+        return multiply(*arguments, **how)
 
     monkeypatch.setattr(qexperts.layer, "grouped_gemm", spied)
+    call = activations(3, torch.bfloat16), *routing(3, 1)
     module = QuantExperts(*layer_for("int4_sym"), backend="torch")
-    module(activations(3, torch.bfloat16), *routing(3, 1))
-    fused_experts(activations(3, torch.bfloat16), *layer_for("int4_sym"), *routing(3, 1))
-    assert seen == ["torch", "torch", "auto", "auto"]
+    y = module(*call)
+    fused_experts(call[0], *layer_for("int4_sym"), *call[1:])
+    assert torch.equal(module(*call, phase="decode", decode_threshold=7), y)
+    expected = [("torch", "auto", 4), ("auto", "auto", 4), ("torch", "decode", 7)]
+    assert seen == [how for how in expected for _ in range(2)]  # both multiplications
+    for phase, threshold, text in (("decoding", 4, "phase is 'decoding'"), ("auto", -1, "decode_threshold is -1")):
+        with pytest.raises(ValueError, match=f"grouped_gemm: {text}"):
+            module(*call, phase=phase, decode_threshold=threshold)
 
 
 # ---- gradients

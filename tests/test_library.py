@@ -72,7 +72,7 @@ def test_opcheck(fmt: str, grad: bool) -> None:
     inputs = inputs_for(fmt)
     x = inputs.x.clone().requires_grad_(grad)
     check_operator(OPS.moe, *moe_arguments(inputs, x), "moe", None, "auto", 4)
-    check_operator(OPS.grouped_gemm, x, inputs.counts, *weight_fields(inputs.weight), "auto")
+    check_operator(OPS.grouped_gemm, x, inputs.counts, *weight_fields(inputs.weight), "auto", "auto", 4)
     dy = torch.randn(8, 32).to(x.dtype)
     check_operator(OPS.grouped_gemm_backward, dy, inputs.counts, *weight_fields(inputs.weight), None, x.dtype, "moe")
 
@@ -82,7 +82,7 @@ def test_opcheck(fmt: str, grad: bool) -> None:
 def test_opcheck_of_a_prepared_weight(fmt: str, scale_dtype: Any) -> None:
     inputs = inputs_for(fmt, dtype=torch.bfloat16 if scale_dtype == "own" else torch.float32)
     fields = weight_fields(tiles(inputs.weight))
-    check_operator(OPS.grouped_gemm, inputs.x.clone().requires_grad_(), inputs.counts, *fields, "auto")
+    check_operator(OPS.grouped_gemm, inputs.x.clone().requires_grad_(), inputs.counts, *fields, "auto", "auto", 4)
     check_operator(
         OPS.grouped_gemm_backward, torch.randn(8, 32), inputs.counts, *fields, None, torch.float32, "grouped_gemm"
     )
@@ -116,7 +116,7 @@ def calls(fmt: str, device: str = "cpu") -> dict[str, Callable[[torch.Tensor, to
         name: lambda x, n, f=f: f(x, num_tokens_per_expert=n, **fixed)  # type: ignore[misc]
         for name, f in (KERNELS | {"moe": moe}).items()
     }
-    ways["grouped_gemm"] = lambda x, n: grouped_gemm(x, inputs.weight, TokenPlan(n, x.shape[0]))
+    ways["grouped_gemm"] = lambda x, n: grouped_gemm(x, inputs.weight, TokenPlan(n, x.shape[0]), phase="prefill")
     if inputs.weight.format.quantized:
         prepared = tiles(inputs.weight)
         ways["prepared"] = lambda x, n: grouped_gemm(x, prepared, TokenPlan(n, x.shape[0]))
@@ -320,7 +320,7 @@ def test_a_weight_gradient_is_refused() -> None:
 def test_the_operators_are_differentiable_once() -> None:
     inputs = inputs_for("int8_sym", dtype=torch.float32)
     x = inputs.x.clone().requires_grad_()
-    y = OPS.grouped_gemm(x, inputs.counts, *weight_fields(inputs.weight), "auto")
+    y = OPS.grouped_gemm(x, inputs.counts, *weight_fields(inputs.weight), "auto", "auto", 4)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         dx.sum().backward()

@@ -147,6 +147,14 @@ def check_out(where: str, out: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"{where}: out= has no gradient; drop it, or call under torch.no_grad().")
 
 
+def check_phase(where: str, phase: str, decode_threshold: int) -> None:
+    """The phase of a call, and the rows per expert up to which "auto" takes it for a decode."""
+    if phase not in ("auto", "decode", "prefill"):
+        raise ValueError(f"{where}: phase is {phase!r}; expected 'auto', 'decode' or 'prefill'.")
+    if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
+        raise ValueError(f"{where}: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
+
+
 def check_activation_format(where: str, activation_format: str | None, *, traced: bool) -> None:
     """None, or "int8" for a call that is run rather than recorded; who can run it says the selection."""
     if activation_format not in ((None,) if traced else (None, "int8")):

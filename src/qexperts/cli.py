@@ -44,49 +44,81 @@ def _help_without_command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that prefill and decode have in common."""
-    options = [
-        click.option("--experts", type=int, help="Number of experts; the distribution is resampled to it."),
-        click.option("--n", type=int, help="Outputs of the projection. Default: both recorded projections."),
-        click.option("--k", type=int, help="Contraction of the projection."),
-        click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale."),
-        click.option("--formats", default="all", show_default=True, help="Comma list of formats, or all."),
-        click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
-        click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and the peers humming "
-                     "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights), ark (CPU: auto-round-lib) and "
-                     "ggml (CPU: llama-cpp-python), or all.  "
-                     "[default: torch,fused; torch without Triton or, on a CPU, Numba]"),
-        click.option("--weight-layout", default="prepared", show_default=True,
-                     help="Comma list of prepared and public, of the weights that fused kernels read."),
-        click.option("--activation-format", type=click.Choice(["int8"]),
-                     help="Adds, for integer formats, fused rows on activations rounded by row and group: faster, less "
-                     "exact; their error is shown, and they are not ranked with the others."),
-        click.option("--peer-tries", type=int, default=4, show_default=True,
-                     help="Configurations that a peer tries besides its default one; each is compiled."),
-        click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True,
-                     help="One row per format at its best, or every configuration."),
-        click.option("--api", default=None, help="Comma list of raw (launchers on preallocated buffers) and wrapper "
-                     "(planning, binding and the public call inside the clock)."),
-        click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
-        click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
-                     help="Of the activations."),
-        click.option("--threads", help="Comma list of numbers of threads, measured in the same rounds; CPUs only.  "
-                     "[default: torch's own]"),
-        click.option("--rounds", type=int, help="Samples of each configuration.  [default: 20, on a CPU 5]"),
-        click.option("--out", type=OUT, default="table", show_default=True),
-        click.option("--save", metavar="FILE.jsonl", help="Append each record as soon as it is measured."),
-        click.option("--seed", type=int, default=0, show_default=True),
-    ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One decorator of several, the first shown first."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_EXPERTS = click.option("--experts", type=int, help="Number of experts; the distribution is resampled to it.")
+_GROUP_SIZE = click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale.")
+_WEIGHT_LAYOUT = click.option(
+    "--weight-layout", default="prepared", show_default=True,
+    help="Comma list of prepared and public, of the weights that fused kernels read.",
+)  # fmt: skip
+_DISTRIBUTION = click.option(
+    "--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
+    "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.",
+)  # fmt: skip
+_TOKENS = click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
+
+
+def _formats(default: str) -> Callable[..., Any]:
+    return click.option("--formats", default=default, show_default=True, help="Comma list of formats, or all.")
+
+
+def _mode(text: str) -> Callable[..., Any]:
+    choice = click.Choice(["summary", "full"])
+    return click.option("--mode", type=choice, default="summary", show_default=True, help=text)
+
+
+_device = _options(
+    click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
+    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
+                 help="Of the activations."),
+)  # fmt: skip
+_run = _options(
+    click.option("--rounds", type=int, help="Samples of each configuration.  [default: 20, on a CPU 5]"),
+    click.option("--out", type=OUT, default="table", show_default=True),
+    click.option("--save", metavar="FILE.jsonl", help="Append each record as soon as it is measured."),
+    click.option("--seed", type=int, default=0, show_default=True),
+)  # fmt: skip
+# What prefill and decode have in common.
+_shared = _options(
+    _EXPERTS,
+    click.option("--n", type=int, help="Outputs of the projection. Default: both recorded projections."),
+    click.option("--k", type=int, help="Contraction of the projection."),
+    _GROUP_SIZE,
+    _formats("all"),
+    click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
+    click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and the peers humming "
+                 "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights), ark (CPU: auto-round-lib) and "
+                 "ggml (CPU: llama-cpp-python), or all.  "
+                 "[default: torch,fused; torch without Triton or, on a CPU, Numba]"),
+    _WEIGHT_LAYOUT,
+    click.option("--activation-format", type=click.Choice(["int8"]),
+                 help="Adds, for integer formats, fused rows on activations rounded by row and group: faster, less "
+                 "exact; their error is shown, and they are not ranked with the others."),
+    click.option("--peer-tries", type=int, default=4, show_default=True,
+                 help="Configurations that a peer tries besides its default one; each is compiled."),
+    _mode("One row per format at its best, or every configuration."),
+    click.option("--api", default=None, help="Comma list of raw (launchers on preallocated buffers) and wrapper "
+                 "(planning, binding and the public call inside the clock)."),
+    _device,
+    click.option("--threads", help="Comma list of numbers of threads, measured in the same rounds; CPUs only.  "
+                 "[default: torch's own]"),
+    _run,
+)  # fmt: skip
 
 
 @bench.command()
-@click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
-              "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
-@click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
+@_DISTRIBUTION
+@_TOKENS
 @click.option("--top-k", type=int, default=8, show_default=True,
               help="Synthetic distributions: no expert gets more than tokens / top-k rows.")  # fmt: skip
 @click.option("--thresholds", help="Comma list for pad_and_clip.  [default: 64,128,256,512,1024]")
@@ -109,6 +141,47 @@ def decode(out: str, **options: Any) -> None:
     """One token per sequence: few rows per expert, bound by reading weights."""
     options["api"] = options["api"] or "raw,wrapper"
     sys.exit(bench_session(prepare(BenchOptions("decode", **options)), out))
+
+
+@bench.command()
+@click.option(
+    "--layers",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Layers with weights of their own: as many as the cache does not hold.",
+)
+@click.option("--decode-steps", type=int, default=16, show_default=True, help="Decode steps after the prefill.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Sequences in a decode step.")
+@click.option("--top-k", type=int, default=8, show_default=True, help="Experts per token, all different.")
+@_DISTRIBUTION
+@_TOKENS
+@_EXPERTS
+@click.option("--hidden", type=int, help="H.  [default: 3072, that of the recorded workload]")
+@click.option("--intermediate", type=int, help="I.  [default: 1536, that of the recorded workload]")
+@_GROUP_SIZE
+@_formats("int4_sym")
+@_WEIGHT_LAYOUT
+@click.option(
+    "--decode-threshold",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Rows per expert up to which a call that looks at the counts is a decode.",
+)
+@_mode("The times, or with their spread, rates and errors.")
+@_device
+@_run
+def layer(out: str, **options: Any) -> None:
+    """Whole layers, a prefill and decode steps, in the ways in which a model can call them.
+
+    The work of every row is that of fused_experts: hidden states, expert ids and weights in, hidden states out. Ours
+    differ in the phase that is passed: always_prefill, always_decode, manual_branch (the caller reads the largest
+    count on the host), unified_auto (the call decides), unified_hinted (the caller knows). eager, batched_mm and
+    grouped_mm are transformers' own, on unquantized weights. Without any size option a CPU measures a scaled preset,
+    and says so.
+    """
+    sys.exit(bench_session(prepare(BenchOptions("layer", **options)), out))
 
 
 @cli.command()

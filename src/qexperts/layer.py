@@ -66,6 +66,7 @@ class _Experts:
     """All that a layer of experts is, but for the tokens; fields as the arguments of `fused_experts`.
 
     Attributes:
+        phase, decode_threshold: as for `grouped_gemm`, of both multiplications.
         input_order: [E, H]; int32; each row a permutation: column j of w_gate_up[e] multiplies x[:, input_order[e, j]].
             None if that is x[:, j].
     """
@@ -78,6 +79,8 @@ class _Experts:
     input_order: torch.Tensor | None
     backend: str
     activation_format: str | None
+    phase: str = "auto"
+    decode_threshold: int = 4
 
 
 def _run(
@@ -105,7 +108,13 @@ def _run_with(
     w_gate_up, w_down, count = experts.w_gate_up, experts.w_down, experts.w_gate_up.E
     plan = steps.plan(expert_ids, count)
     assert plan.row_to_slot is not None and plan.row_to_token is not None
-    multiply = functools.partial(grouped_gemm, backend=experts.backend, activation_format=experts.activation_format)
+    multiply = functools.partial(
+        grouped_gemm,
+        backend=experts.backend,
+        phase=experts.phase,
+        decode_threshold=experts.decode_threshold,
+        activation_format=experts.activation_format,
+    )
     row_expert: torch.Tensor | None = None
     if experts.input_order is not None or experts.gate_up_bias is not None or experts.down_bias is not None:
         row_expert = expert_ids.reshape(-1).index_select(0, plan.row_to_slot).clamp(0, count - 1)
@@ -191,9 +200,18 @@ class QuantExperts(nn.Module):
         return self
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        phase: str = "auto",
+        decode_threshold: int = 4,
     ) -> torch.Tensor:
-        """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states."""
+        """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states.
+
+        phase, decode_threshold: as for `grouped_gemm`, of both multiplications; a caller who knows it may say so.
+        """
         experts = _Experts(
             self.gate_up,
             self.down,
@@ -203,6 +221,8 @@ class QuantExperts(nn.Module):
             self.input_order,
             self.backend,
             self.activation_format,
+            phase,
+            decode_threshold,
         )
         out = _run(
             "QuantExperts",

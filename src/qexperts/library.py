@@ -62,7 +62,7 @@ def _gradient(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 def _grouped_gemm(x: torch.Tensor, counts: torch.Tensor, *arguments: Any) -> torch.Tensor:
     x, weight = _check_grouped(x, counts, arguments)
-    return run_now("grouped_gemm", x, weight, TokenPlan(counts, x.shape[0]), arguments[_FIELDS])
+    return run_now("grouped_gemm", x, weight, TokenPlan(counts, x.shape[0]), *arguments[_FIELDS:])
 
 
 def _grouped_gemm_fake(x: torch.Tensor, counts: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor)
 
 
 _define(
-    f"grouped_gemm(Tensor x, Tensor counts, {_WEIGHT}, str backend) -> Tensor",
+    f"grouped_gemm(Tensor x, Tensor counts, {_WEIGHT}, str backend, str phase, int decode_threshold) -> Tensor",
     _grouped_gemm,
     _grouped_gemm_fake,
     _grouped_gemm_setup,

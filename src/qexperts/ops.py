@@ -18,6 +18,7 @@ from .checks import (
     check_frozen,
     check_out,
     check_packed,
+    check_phase,
 )
 from .formats import QuantWeight, weight_fields
 from .layouts import restore, to_layout
@@ -51,6 +52,8 @@ def grouped_gemm(
     *,
     out: torch.Tensor | None = None,
     backend: str = "auto",
+    phase: str = "auto",
+    decode_threshold: int = 4,
     activation_format: str | None = None,
 ) -> torch.Tensor:
     """Multiply each row by the weight of its expert.
@@ -64,6 +67,7 @@ def grouped_gemm(
         plan: S rows over E experts, on the device of x.
         out: [S, N]; dtype of x; every element is written. Not with gradients.
         backend: "auto" or a name from `qexperts.backends.BACKENDS`.
+        phase, decode_threshold: which kernel multiplies, as for `moe`; right for any counts.
         activation_format: None, or "int8" (less exact, faster; `cpu` backend, integer weights, not traced): x rounded
             to 127 steps of the largest magnitude of each row and group (256 k where a group is all of K); gradients
             pass through the rounding.
@@ -83,11 +87,12 @@ def grouped_gemm(
         )
     if out is not None:
         check_out(where, out, x, weight.N)
+    check_phase(where, phase, decode_threshold)
     check_activation_format(where, activation_format, traced=traced(x))
     if traced(x):
-        y = torch.ops.qexperts.grouped_gemm(x, plan.counts, *weight_fields(weight), backend)
+        y = torch.ops.qexperts.grouped_gemm(x, plan.counts, *weight_fields(weight), backend, phase, decode_threshold)
     else:
-        y = run_now(where, x, weight, plan, backend, activation_format=activation_format)
+        y = run_now(where, x, weight, plan, backend, phase, decode_threshold, activation_format=activation_format)
     return y if out is None else out.copy_(y)
 
 
@@ -208,10 +213,7 @@ def moe(
         decode_threshold: rows per expert, at least 0. (ARK 0.16 compares total rows with 128; this is rows per
             expert, as ARK's repository has it.)
     """
-    if phase not in ("auto", "decode", "prefill"):
-        raise ValueError(f"moe: phase is {phase!r}; expected 'auto', 'decode' or 'prefill'.")
-    if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
-        raise ValueError(f"moe: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
+    check_phase("moe", phase, decode_threshold)
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
     return _packed(call, ("moe", None, phase, decode_threshold), activation_format)
 

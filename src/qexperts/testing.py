@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from .formats import QuantWeight
+from .layer import ACTIVATIONS, Activation
 from .plan import TokenPlan
 from .quantize import dequantize, quantize
-from .reference import grouped_gemm_reference
+from .reference import exact_weight, grouped_gemm_reference
 
 __all__ = [
     "Q8_0_BLOCK",
@@ -24,6 +25,7 @@ __all__ = [
     "ErrorReport",
     "Inputs",
     "assert_no_worse",
+    "experts_loop",
     "int8_rounded",
     "judge",
     "make_inputs",
@@ -122,6 +124,48 @@ def peer_gemm(x: torch.Tensor, weight: QuantWeight, counts: Sequence[int]) -> to
             out[start : start + count] = x[start : start + count] @ w.T
         start += count
     return out
+
+
+def experts_loop(
+    x: torch.Tensor,
+    w_gate_up: QuantWeight,
+    w_down: QuantWeight,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    activation: Activation = "silu",
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    exact: bool = False,
+) -> torch.Tensor:
+    """What `fused_experts` computes, one expert after the other in plain torch: [T, H].
+
+    Arguments as there, of ids that are experts. exact: on exact weights, in fp64, on a GPU fp32; else on weights
+    rounded to the dtype of x, each step rounded to it and the weighted sum taken in fp32. Synchronises.
+    """
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    if exact:
+        dtype = wide = torch.float64 if x.device.type == "cpu" else torch.float32
+    x, out = x.to(dtype), torch.zeros(x.shape[0], w_down.N, dtype=wide, device=x.device)
+    for e in expert_ids.unique().tolist():
+        token, choice = (expert_ids == e).nonzero(as_tuple=True)
+        up, down = (
+            exact_weight(w, e, dtype) if exact else dequantize(w.experts(e, e + 1), dtype)[0]
+            for w in (w_gate_up, w_down)
+        )
+        h = x[token] @ up.T
+        h = h if gate_up_bias is None else h + gate_up_bias[e].to(dtype)
+        if callable(activation):
+            h = activation(h)
+        elif h.shape[1] == w_down.K:
+            h = ACTIVATIONS[activation](h)
+        else:
+            gate, rest = h.chunk(2, -1)
+            h = ACTIVATIONS[activation](gate) * rest
+        y = h @ down.T
+        y = y if down_bias is None else y + down_bias[e].to(dtype)
+        out.index_add_(0, token, y.to(wide) * expert_weights[token, choice, None].to(wide))
+    return out.to(dtype)
 
 
 def int8_rounded(x: torch.Tensor, weight: QuantWeight) -> torch.Tensor:

@@ -11,11 +11,13 @@ import torch
 from ..strategies import Strategy
 from .workloads import Workload
 
-__all__ = ["LAYOUTS", "OWN", "PROVIDERS", "Candidate", "enumerate_candidates"]
+__all__ = ["HINTED", "LAYOUTS", "OWN", "PROVIDERS", "WAYS", "Candidate", "enumerate_candidates"]
 
 PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark", "ggml")
 OWN: tuple[str, ...] = ("torch", "fused")  # the others are peers, packages of their own
 LAYOUTS: tuple[str, ...] = ("prepared", "public")
+HINTED = "unified_hinted"
+WAYS: tuple[str, ...] = ("always_prefill", "always_decode", "manual_branch", "unified_auto", HINTED)  # to call a layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,17 +26,23 @@ def label(record: Record) -> str:
     text = record.strategy if record.threshold is None else f"{record.strategy}({record.threshold})"
     phase = getattr(record, "phase", None)
     text = f"phase {phase}" if record.strategy == "auto" and phase else text
+    text += f", {record.step}" if getattr(record, "step", None) else ""
     text += ", graph" if record.graph else ""
     text += f", {record.activation_format} activations" if record.activation_format else ""
     return text + (f", weights gathered {record.gather}" if record.gather and record.scope == "base mm" else "")
 
 
-def least_ratio(base: Record | None, record: Record | None) -> float | None:
-    """Lower end of the 90% interval of the median of base over record, round by round; None unless both were timed in
-    the same rounds, at least five."""
+def ratio_interval(base: Record | None, record: Record | None) -> tuple[float, float] | None:
+    """90% interval of the median of base over record, round by round; None unless both were timed in the same rounds,
+    at least five."""
     if base is None or record is None or not (time_of(base) and time_of(record)) or not base.same_rounds(record):
         return None
-    interval = median_interval([b / r for b, r in zip(base.samples_ms, record.samples_ms, strict=False)])
+    return median_interval([b / r for b, r in zip(base.samples_ms, record.samples_ms, strict=False)])
+
+
+def least_ratio(base: Record | None, record: Record | None) -> float | None:
+    """Lower end of the `ratio_interval`."""
+    interval = ratio_interval(base, record)
     return interval and interval[0]
 
 
@@ -54,6 +60,8 @@ class Row:
     grouped: Record | None = None  # summary: one launch over all experts
     peer: Record | None = None  # of kernels on packed weights: the fastest of the others' launches over all experts
     single: Record | None = None  # full: the same on one thread
+    prefill: Record | None = None  # layer: of the same way; record is its decode step
+    hinted: Row | None = None  # layer: the way in which the caller passes the phase
 
     @property
     def peer_low(self) -> float | None:
@@ -65,6 +73,12 @@ class Row:
         """Median on one thread over the median of this record."""
         ours, one = time_of(self.record), time_of(self.single)
         return one / ours if ours and one else None
+
+    @property
+    def total_ms(self) -> float | None:
+        """layer: the prefill and all decode steps."""
+        prefill, decode = time_of(self.prefill), time_of(self.record)
+        return prefill + (self.record.decode_steps or 0) * decode if prefill and decode else None
 
     @property
     def speedup(self) -> float | None:
@@ -192,6 +206,37 @@ def _mark(row: Row) -> str:
     return "bad" if row.record.status == "WRONG" else "best" if row.best else ""
 
 
+def _steps(row: Row) -> str | None:
+    r = row.record
+    if r.layers is None:
+        return None
+    return f"{r.layers} layers, a prefill and {r.decode_steps} decode steps of batch {r.batch}"
+
+
+def _way(row: Row) -> str:
+    return label(dataclasses.replace(row.record, step=None))
+
+
+def _of_prefill(getter: Callable[[Row], Any]) -> Callable[[Row], Any]:
+    """A value of the prefill of a layer, which may be missing."""
+    return lambda row: None if row.prefill is None else getter(dataclasses.replace(row, record=row.prefill))
+
+
+def _versus_hinted(name: str, getter: Callable[[Row], float | None]) -> Column:
+    """A time over that of the way in which the caller passes the phase."""
+
+    def ratio(row: Row) -> float | None:
+        ours, hinted = getter(row), row.hinted and getter(row.hinted)
+        return ours / hinted if ours and hinted else None
+
+    return Column(name, "vs\nhinted", "", ratio, ratio_text, show="any")
+
+
+def _interval(row: Row) -> str | None:
+    interval = ratio_interval(row.record, row.hinted and row.hinted.record) if row.hinted is not None else None
+    return interval and f"{interval[0]:.2f}–{interval[1]:.2f}x"
+
+
 def _unless_batch(row: Row) -> str | None:
     """A decode distribution is named after its batch, which has a column of its own."""
     return row.record.distribution if getattr(row.record, "batch", None) is None else None
@@ -206,6 +251,7 @@ WORKLOAD = [
     Column("total_tokens", "rows", "", field("total_tokens"), count_text, show="varies", caption="{:,} rows".format),
     Column("active_experts", "active", "", field("active_experts"), str, show="varies", caption="{:,} active".format),
     Column("max_tokens", "largest", "rows", field("max_tokens"), count_text, show="varies", caption="max {:,}".format),
+    Column("steps", "steps", "", _steps, str, "left", "varies", caption=str),
     Column("top_k", "top_k", "", field("top_k"), count_text, show="varies", caption="top_k {}".format),
     Column("dtype", "dtype", "", field("dtype"), str, "left", "varies", caption="{} activations".format),
     Column("group_size", "group", "", field("group_size"), count_text, show="varies", caption="group {}".format),
@@ -312,8 +358,33 @@ _DECODE_MEASURED = [
     _ERROR,
 ]  # fmt: skip
 
+_LAYER = [
+    Column("way", "call", "", _way, str, "left", mark=_mark),
+    Column("prefill_ms", "prefill", "ms", _of_prefill(_median), ms_text),
+    _versus_hinted("prefill_versus_hinted", lambda row: time_of(row.prefill)),
+    Column("median_ms", "decode\nstep", "ms", _median, ms_text),
+    _versus_hinted("versus_hinted", lambda row: time_of(row.record)),
+    Column("total_ms", "total", "ms", lambda row: row.total_ms, ms_text, mark=_mark),
+    _versus_hinted("total_versus_hinted", lambda row: row.total_ms),
+    dataclasses.replace(_HOST, header="host,\nstep"),
+]  # fmt: skip
+_LAYER_FULL = [
+    Column("prefill_range", "prefill\np20–p80", "ms", _of_prefill(_range), show="any", drop=5),
+    Column("range", "step\np20–p80", "ms", _range, show="any", drop=5),
+    Column("versus_hinted_interval", "step vs\nhinted, 90%", "", _interval, show="any", drop=1),
+    Column("prefill_tflops", "prefill\nTFLOP/s", "", _of_prefill(timed("tflops")), number_text, show="any", drop=3),
+    _RATES[1],
+    Column("prefill_error", "prefill\nerror", "", _of_prefill(field("error")), _error, show="any", drop=4),
+    _ERROR,
+]
+
 
 def all_columns(kind: str, mode: Mode) -> list[Column]:
+    if kind == "layer":
+        varying = {"total_tokens", "active_experts", "max_tokens"}  # those of a step, not of a row
+        workload = [c for c in WORKLOAD if c.name not in varying]
+        who = [c for c in WHO if c.name != "scope"]
+        return [*_FORMAT, *workload, *who, *_LAYER, *(_LAYER_FULL if mode == "full" else [])]
     if kind == "decode":
         given = {c.name for c in _DECODE}
         workload = [c for c in WORKLOAD if c.name not in given | {"distribution", "max_tokens"}]

@@ -28,7 +28,7 @@ from .roofline import Ceilings, mandatory_bytes, reads, useful_flop
 from .timing import ROTATE, Rotation, Sampler, host_ms, issue_us, last_level_cache, percentile
 from .workloads import Workload, make_inputs
 
-__all__ = ["measure_workload"]
+__all__ = ["captured", "fits", "measure_workload", "summarise"]
 
 T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
@@ -91,7 +91,7 @@ def measure_workload(
         _use_threads(threads)
         for row in rows:
             if row.samples:
-                _summarise(row.record, row.samples)
+                summarise(row.record, row.samples)
                 row.record.ceiling_read_gbps = reading.gbps or row.record.ceiling_read_gbps
             if row.samples or row.record.status != "ok":
                 yield row.record
@@ -189,7 +189,7 @@ def _need(row: _Row, binder: Binder) -> int:
         counter = Arena(torch.device("meta"), None)
         binder.bind(candidate, counter.take, dry=True)
         row.scratch_bytes = counter.used
-        if not _fits(counter.used, binder.device):
+        if not fits(counter.used, binder.device):
             record.reason = f"needs {counter.used / 2**30:.1f} GiB of scratch memory, more than is free"
     if record.reason is None:
         return row.scratch_bytes
@@ -267,7 +267,7 @@ def _prepare(row: _Row, sets: _WeightSets, gate: _Gate, space: _SharedScratch, s
     if report.ok:
         _time_parts(record, bound, binder.plan(candidate), sampler, device)
     if report.ok and candidate.graph:
-        bound = dataclasses.replace(bound, run=_captured(bound.run, device))
+        bound = dataclasses.replace(bound, run=captured(bound.run, device))
         report, _ = _check(bound, verdict, space, device)
     calls = [bound.run]
     for other in others if report.ok else ():
@@ -302,7 +302,7 @@ def _time_parts(
     if device.type != "cuda":
         return
     if bound.schedule is not None:
-        replay = _captured(bound.schedule, device)
+        replay = captured(bound.schedule, device)
         replay()
         record.schedule_ms = percentile([sampler.sample(replay) for _ in range(SCHEDULE_SAMPLES)], 50)
     if not record.graph:
@@ -327,7 +327,7 @@ def _check(
     return verdict(y), transient
 
 
-def _captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
+def captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """The same call as a replay of a CUDA graph.
 
     The graph holds addresses, not tensors: the replay keeps the call, and with it the plan and the views, alive.
@@ -348,7 +348,7 @@ def _keeping(kept: object, run: Callable[[], T]) -> T:
     return run()
 
 
-def _fits(need: int, device: torch.device) -> bool:
+def fits(need: int, device: torch.device) -> bool:
     """Whether scratch memory of this size can be had; unknown counts as yes."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -360,7 +360,7 @@ def _fits(need: int, device: torch.device) -> bool:
     return not available or need < 0.9 * int(available[0]) * 1024
 
 
-def _summarise(record: Record, samples: list[float]) -> None:
+def summarise(record: Record, samples: list[float]) -> None:
     record.samples_ms = [round(s, 6) for s in samples]
     record.median_ms = percentile(samples, 50)
     record.p20_ms = percentile(samples, 20)

@@ -25,15 +25,15 @@ class Record:
     """
 
     # what was asked
-    kind: str  # "prefill" | "decode"
+    kind: str  # "prefill" | "decode" | "layer"
     distribution: str  # name or file of the token distribution
     scaled: str | None  # how the workload differs from the recorded one, None when it does not
     num_experts: int
     active_experts: int
     total_tokens: int  # S: rows over all experts
     max_tokens: int  # rows of the largest expert
-    num_tokens_per_expert: list[int]  # the distribution itself
-    n: int
+    num_tokens_per_expert: list[int]  # the distribution itself; layer: what each layer's counts are drawn from
+    n: int  # layer: N and K are those of w_gate_up, 2I and H
     k: int
     group_size: int | None
     format: str
@@ -41,7 +41,8 @@ class Record:
     seed: int
     # who did it and how
     provider: str  # "torch"; "fused": kernels on packed weights; a peer's name
-    strategy: str  # "per_expert" | "pad_and_clip" | "full_pad" | "grouped" | "auto": the public call
+    # "per_expert" | "pad_and_clip" | "full_pad" | "grouped" | "auto": the public call; layer: how the model calls
+    strategy: str
     threshold: int | None  # of pad_and_clip
     scope: str  # "base mm": weights dequantized before the clock; "base+deq": inside it; "fused"
     gather: str | None  # small experts' weights made contiguous "before" or "inside" the clock
@@ -53,6 +54,10 @@ class Record:
     config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
     top_k: int | None = None  # decode: experts per token
+    step: str | None = None  # layer: "prefill" | "decode"; times and sizes are those of one such step of all layers
+    layers: int | None = None
+    decode_steps: int | None = None  # layer: a sample is the mean of as many, and so are active experts and bytes
+    decode_threshold: int | None = None  # layer: rows per expert up to which a call that looks at counts is a decode
     threads: int | None = None  # CPU: asked for beside others; None: as many as `device` says
     # what was counted
     launches: int | None = None  # GEMM launches
@@ -138,7 +143,8 @@ class Record:
         return (
             self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens, self.n, self.k,
             self.group_size, self.dtype,
-            self.seed, self.batch, self.top_k, self.device, self.torch, self.flush,
+            self.seed, self.batch, self.top_k, self.layers, self.decode_steps, self.step, self.device, self.torch,
+            self.flush,
         )  # fmt: skip
 
     def config_key(self) -> tuple[Any, ...]:
@@ -148,7 +154,7 @@ class Record:
             self.n, self.k, self.group_size,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
             self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k, self.activation_format,
-            self.threads,
+            self.threads, self.step, self.layers, self.decode_steps, self.decode_threshold,
         )  # fmt: skip
 
     def same_rounds(self, other: Record) -> bool:

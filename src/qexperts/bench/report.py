@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .candidates import OWN
+from .candidates import HINTED, OWN
 from .columns import (
     WHO,
     WORKLOAD,
@@ -197,16 +197,45 @@ def _summary_rows(records: Sequence[Record]) -> list[Row]:
     return sorted(found, key=lambda row: formats.index(row.record.format))
 
 
+def _layer_rows(records: Sequence[Record]) -> list[Row]:
+    """One row per way of calling the layers: its decode step and its prefill. The least total of a format is best."""
+    found = []
+    for group in _groups(records, lambda r: _contest(dataclasses.replace(r, step=None, total_tokens=0))):
+        ways = _groups(group, lambda r: (r.provider, r.strategy, r.weight_layout, r.graph))
+        part = [_layer_row(way) for way in ways]
+        total = min((ms for row in part if (ms := row.total_ms) is not None), default=None)
+        for row in part:
+            hinted = [
+                other for other in part if other.record.strategy == HINTED and other.record.graph == row.record.graph
+            ]
+            same = [other for other in hinted if other.record.weight_layout == row.record.weight_layout]
+            base = next(iter((same if row.record.provider in OWN else []) or hinted), None)
+            found.append(dataclasses.replace(row, hinted=base, best=row.total_ms is not None and row.total_ms == total))
+    return found
+
+
+def _layer_row(way: Sequence[Record]) -> Row:
+    """A run that was interrupted may have only one of the two."""
+    steps = {r.step: r for r in way}
+    missing = dataclasses.replace(
+        way[0], step="decode", status="not measured", median_ms=None, samples_ms=[], error=None
+    )
+    return Row(steps.get("decode", missing), prefill=steps.get("prefill"))
+
+
 def rows(records: Sequence[Record], mode: Mode) -> list[Row]:
     """Rows in the order measured, formats kept together; summary keeps the best of each format."""
+    if records and records[0].kind == "layer":
+        return _layer_rows(records)
     return _summary_rows(records) if mode == "summary" else _full_rows(records)
 
 
 def caption(records: Sequence[Record]) -> str:
     """What all records share, in words, and the ceilings they are judged by."""
     pieces = {}
+    shared = [r for r in records if r.step != "decode"] or records  # of a layer: the sizes of its prefill
     for column in (*WORKLOAD, *WHO):
-        values = {v for r in records if (v := column.getter(Row(r))) is not None}
+        values = {v for r in shared if (v := column.getter(Row(r))) is not None}
         if column.caption and len(values) == 1:
             pieces[column.name] = column.caption(values.pop())
     if "distribution" in pieces and "scaled" in pieces:
@@ -259,6 +288,10 @@ def _peer_configs(records: Sequence[Record]) -> list[str]:
     return [f"{config}: {', '.join(where)}" for config, where in found.items()]
 
 
+def _decode_sizes(r: Record) -> tuple[Any, ...]:
+    return r.total_tokens, r.active_experts, r.max_tokens, r.decode_threshold
+
+
 def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[str]:
     """Why rows have no time; which configuration a peer ran; and what the labels mean where they occur."""
     notes = _refusals(records)
@@ -267,6 +300,7 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         notes.append(f"interrupted: {cut} rows have fewer samples than were asked for")
     if any(row.best for row in shown):
         ranked = "providers of a format" if mode == "summary" else "strategies of a format and scope"
+        ranked = "ways of a format, in total" if records[0].kind == "layer" else ranked
         notes.append(f"best: the lowest median of the {ranked}")
     seen = [r for row in shown for r in (row.record, row.ready) if r is not None]
     rounded = [f"{name} activations: rounded by row and {of}" for name, of in _ROUNDED.items()
@@ -288,8 +322,20 @@ def _notes(records: Sequence[Record], shown: Sequence[Row], mode: Mode) -> list[
         )
     if any(row.peer_low or least_ratio(row.single, row.record) for row in shown):
         notes.append("at least: lower end of the 90% interval of the median of the ratios round by round")
-    if any(r.host_us for r in records) and (mode == "full" or records[0].kind == "decode"):
-        notes.append("host: median host time to issue one warmed call, without waiting for the device")
+    if any(r.host_us for r in records) and (mode == "full" or records[0].kind != "prefill"):
+        waits = "; manual_branch and eager wait for it themselves" if records[0].kind == "layer" else ""
+        notes.append(f"host: median host time to issue one warmed call, without waiting for the device{waits}")
+    if records[0].kind == "layer":
+        notes += [
+            f"decode step: {r.total_tokens} rows, {r.active_experts} experts active (mean), max {r.max_tokens} rows; "
+            f"for a call that looks at the counts, more than {r.decode_threshold} are a prefill"
+            for r in newest((r for r in records if r.step == "decode"), _decode_sizes).values()
+        ]
+        notes.append(
+            "every call is a whole layer, from hidden states to hidden states; decode step: the mean of all steps; "
+            "total: the prefill and all steps; vs hinted: over unified_hinted of the same layout and graph; "
+            "transformers: its implementations, on weights dequantized before the clock"
+        )
     if mode == "summary" and records[0].kind == "prefill":
         notes.append(
             "per_expert (an eager loop, so it varies with the host), pad_and_clip (at its best threshold) and best "
@@ -308,12 +354,17 @@ def chapters(records: Sequence[Record], mode: Mode) -> list[Chapter]:
     for group in _groups(kept, lambda r: r.kind):
         shown = columns(group, mode)
         sections = [
-            Section(f"{part[0].kind} N={part[0].n} K={part[0].k}", shown, rows(part, mode), together)
-            for part in _groups(group, lambda r: (r.n, r.k))
+            Section(_title(part[0]), shown, rows(part, mode), together) for part in _groups(group, lambda r: (r.n, r.k))
         ]
         everything = [row for section in sections for row in section.rows]
         found.append(Chapter(caption(group), sections, _notes(group, everything, mode)))
     return found
+
+
+def _title(record: Record) -> str:
+    if record.kind == "layer":
+        return f"layer H={record.k} I={record.n // 2}"
+    return f"{record.kind} N={record.n} K={record.k}"
 
 
 def _header(column: Column) -> str:

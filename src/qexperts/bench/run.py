@@ -1,4 +1,4 @@
-"""From options to workloads to records: `bench prefill` and `bench decode`.
+"""From options to workloads to records: `bench prefill`, `bench decode` and `bench layer`.
 
 Everything that can be wrong with the options is found before anything long runs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from ..backends import cpu_backend, triton_backend
 from ..routing import Distribution, is_synthetic, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
-from .candidates import LAYOUTS, PROVIDERS, enumerate_candidates
+from .candidates import LAYOUTS, PROVIDERS, Candidate, enumerate_candidates
 from .environment import environment, pick_device
+from .layer import measure_layer
 from .measure import measure_workload
 from .records import Record, RecordWriter
 from .roofline import measure_ceilings
-from .workloads import DTYPES, PROJECTIONS, Workload, decode_distribution, select_formats
+from .workloads import DTYPES, PROJECTIONS, LayerWorkload, Workload, decode_distribution, select_formats
 
 __all__ = ["BenchOptions", "Job", "prepare", "run"]
 
@@ -32,6 +34,7 @@ ROUNDS_DEVICE = 20
 # quarter of the recorded one.
 CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64)
 DECODE_EXPERTS = 192
+HIDDEN, INTERMEDIATE = PROJECTIONS[0]  # w_down is the first recorded projection, gate and up are each the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class BenchOptions:
         threads: comma list, CPUs only: every row with each number of threads.
         peer_tries: configurations that a peer tries besides its default one; each is compiled.
         top_k: experts per token; caps synthetic distributions at tokens / top_k rows an expert, and sizes decode.
+        hidden, intermediate, layers, decode_steps, batch, decode_threshold: of `LayerWorkload`.
     """
 
     kind: str = "prefill"
@@ -73,11 +77,18 @@ class BenchOptions:
     rounds: int | None = None
     top_k: int = 8
     batch_sizes: str = "1,8,32"
+    hidden: int | None = None
+    intermediate: int | None = None
+    layers: int = 4
+    decode_steps: int = 16
+    batch: int = 8
+    decode_threshold: int = 4
 
     @property
     def sized(self) -> bool:
         """Whether any size was asked for; if not, a CPU takes its scaled preset."""
-        return any(v is not None for v in (self.distribution, self.tokens, self.experts, self.n, self.k))
+        sizes = (self.distribution, self.tokens, self.experts, self.n, self.k, self.hidden, self.intermediate)
+        return any(v is not None for v in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Job:
 
     options: BenchOptions
     device: torch.device
-    workloads: list[Workload]
+    workloads: Sequence[Workload | LayerWorkload]
     strategies: list[Strategy]
     apis: list[str]
     providers: list[str]
@@ -112,7 +123,7 @@ def prepare(options: BenchOptions) -> Job:
     layouts = _words("--weight-layout", options.weight_layout, LAYOUTS)
     scaled = device.type == "cpu" and not options.sized
     strategies = _strategies(options, scaled)
-    workloads = (_prefill if options.kind == "prefill" else _decode)(options, scaled)
+    workloads = {"prefill": _prefill, "decode": _decode, "layer": _layer}[options.kind](options, scaled)
     for workload in workloads:
         workload.check()
     if not 0 <= options.seed < 2**63:
@@ -129,7 +140,9 @@ def prepare(options: BenchOptions) -> Job:
     return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, threads, writer)
 
 
-def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text: None) -> Iterator[Record]:
+def run(
+    job: Job, tick: Callable[[Workload | LayerWorkload, int, str], None] = lambda w, i, text: None
+) -> Iterator[Record]:
     """Measure every workload; each record is saved before it is yielded.
 
     Args:
@@ -141,17 +154,22 @@ def run(job: Job, tick: Callable[[Workload, int, str], None] = lambda w, i, text
         ceilings = measure_ceilings(job.device, DTYPES[job.options.dtype])
         env = environment(job.device)
         for i, workload in enumerate(job.workloads):
-            candidates = enumerate_candidates(
-                workload, job.device, job.strategies, job.apis, job.providers, job.layouts,
-                job.options.peer_tries, job.options.activation_format,
-            )  # fmt: skip
-            by_threads = [dataclasses.replace(c, threads=n) for n in job.threads for c in candidates]
-            for record in measure_workload(
-                workload, by_threads, ceilings, env, job.device, job.rounds,
-                lambda text, w=workload, i=i: tick(w, i, text),
-            ):  # fmt: skip
+            how = (ceilings, env, job.device, job.rounds, lambda text, w=workload, i=i: tick(w, i, text))
+            if isinstance(workload, LayerWorkload):
+                records = measure_layer(workload, job.layouts, *how)
+            else:
+                records = measure_workload(workload, _candidates(job, workload), *how)
+            for record in records:
                 job.writer.write([record])
                 yield record
+
+
+def _candidates(job: Job, workload: Workload) -> list[Candidate]:
+    candidates = enumerate_candidates(
+        workload, job.device, job.strategies, job.apis, job.providers, job.layouts,
+        job.options.peer_tries, job.options.activation_format,
+    )  # fmt: skip
+    return [dataclasses.replace(c, threads=n) for n in job.threads for c in candidates]
 
 
 def _providers(text: str | None, device: torch.device) -> list[str]:
@@ -191,6 +209,36 @@ def _decode(o: BenchOptions, scaled: bool) -> list[Workload]:
         distribution = decode_distribution(batch, o.top_k, experts, o.seed)
         found += [dataclasses.replace(w, batch=batch, top_k=o.top_k) for w in _workloads(o, scaled, distribution, note)]
     return found
+
+
+def _layer(o: BenchOptions, scaled: bool) -> list[LayerWorkload]:
+    for name in ("layers", "decode_steps", "batch", "top_k"):
+        if (value := getattr(o, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if o.decode_threshold < 0:
+        raise ValueError(f"--decode-threshold {o.decode_threshold}: expected rows per expert, at least 0")
+    if (o.hidden is None) != (o.intermediate is None):
+        raise ValueError("--hidden and --intermediate: give both, or neither for those of the recorded workload")
+    hidden, intermediate = o.hidden or HIDDEN, o.intermediate or INTERMEDIATE
+    experts, tokens, divided = o.experts, o.tokens, None
+    if scaled:
+        experts, tokens, divided = CPU_EXPERTS, CPU_TOKENS, f"H and I divided by {CPU_DIVISOR}"
+        hidden, intermediate = hidden // CPU_DIVISOR, intermediate // CPU_DIVISOR
+    text = o.distribution or "autoround-256"
+    parse = functools.partial(parse_distribution, text, num_experts=experts, seed=o.seed)
+    distribution = parse(total_tokens=tokens)
+    rows, active = distribution.total_tokens, distribution.active_experts
+    if rows == 0 or rows % o.top_k:
+        raise ValueError(f"--top-k {o.top_k}: {rows} rows are no tokens of {o.top_k} experts each; give --tokens")
+    if active < o.top_k:
+        raise ValueError(f"--top-k {o.top_k}: only {active} experts have rows, and those of a token differ")
+    distribution = parse(total_tokens=rows, max_per_expert=rows // o.top_k)
+    note = "; ".join(filter(None, (distribution.scaled, divided))) or None
+    sizes = (o.layers, o.decode_steps, o.batch, o.top_k, hidden, intermediate, o.group_size)
+    return [
+        LayerWorkload(distribution, *sizes, f, o.dtype, o.seed, o.decode_threshold, note)
+        for f in select_formats(o.formats, o.dtype)
+    ]
 
 
 def _workloads(o: BenchOptions, scaled: bool, distribution: Distribution, note: str | None) -> list[Workload]:

@@ -13,7 +13,7 @@ from .plots import plot_all
 from .records import Record
 from .report import chapters, render, show
 from .run import Job, run
-from .workloads import Workload
+from .workloads import LayerWorkload, Workload
 
 __all__ = ["bench_session", "plot_records", "print_records"]
 
@@ -69,7 +69,9 @@ class _Progress:
             TimeElapsedColumn(), console=console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total)
-        self.tick: Callable[[Workload, int, str], None] = self._draw if console.is_terminal else self._log
+        self.tick: Callable[[Workload | LayerWorkload, int, str], None] = (
+            self._draw if console.is_terminal else self._log
+        )
 
     def __enter__(self) -> _Progress:
         if self._console.is_terminal:
@@ -80,18 +82,13 @@ class _Progress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def _draw(self, workload: Workload, index: int, text: str) -> None:
-        self._bar.update(self._task, completed=index, description=f"{_title(workload)}: {text}")
+    def _draw(self, workload: Workload | LayerWorkload, index: int, text: str) -> None:
+        self._bar.update(self._task, completed=index, description=f"{workload.title}: {text}")
 
-    def _log(self, workload: Workload, index: int, text: str) -> None:
+    def _log(self, workload: Workload | LayerWorkload, index: int, text: str) -> None:
         if index != self._last:
             self._last = index
             elapsed = time.monotonic() - self._started
             self._console.print(
-                f"[{elapsed:6.1f} s] {index + 1}/{self._total} {_title(workload)}", highlight=False, markup=False
+                f"[{elapsed:6.1f} s] {index + 1}/{self._total} {workload.title}", highlight=False, markup=False
             )
-
-
-def _title(w: Workload) -> str:
-    batch = "" if w.batch is None else f", batch {w.batch}"
-    return f"{w.kind} N={w.n} K={w.k} {w.format.name}{batch}"
