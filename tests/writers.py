@@ -23,7 +23,16 @@ GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 SMALL = Sizes(
-    vocabulary=128, hidden=64, intermediate=64, dense=96, experts=4, top_k=2, layers=2, heads=4, head_dim=16, positions=64
+    vocabulary=128,
+    hidden=64,
+    intermediate=64,
+    dense=96,
+    experts=4,
+    top_k=2,
+    layers=2,
+    heads=4,
+    head_dim=16,
+    positions=64,
 )
 CONFIGS = {name: functools.partial(tiny_config, name, SMALL) for name in ARCHITECTURES}
 

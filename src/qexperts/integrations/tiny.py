@@ -17,13 +17,13 @@ class Sizes:
     """Of a tiny model. vocabulary: 256, so that the bytes of a text are its tokens."""
 
     vocabulary: int = 256
-    hidden: int = 256
-    intermediate: int = 256  # of an expert
-    dense: int = 512  # intermediate size of layers without experts
-    experts: int = 16
-    top_k: int = 4
+    hidden: int = 512
+    intermediate: int = 512  # of an expert
+    dense: int = 1024  # intermediate size of layers without experts
+    experts: int = 32
+    top_k: int = 8
     layers: int = 2
-    heads: int = 4
+    heads: int = 8
     head_dim: int = 64
     positions: int = 4096
 
@@ -95,14 +95,14 @@ _CONFIGS = {
 ARCHITECTURES = tuple(_CONFIGS)
 
 
-def tiny_config(name: str, sizes: Sizes = Sizes()) -> Any:  # noqa: B008  frozen
+def tiny_config(name: str, sizes: Sizes = Sizes()) -> Any:
     """The config of an architecture at other sizes. ValueError for a name that is not in `ARCHITECTURES`."""
     if name not in _CONFIGS:
         raise ValueError(f"--tiny {name}: no such architecture; expected one of {', '.join(ARCHITECTURES)}")
     return _CONFIGS[name](sizes)
 
 
-def write_tiny(name: str, path: Path, seed: int = 0, sizes: Sizes = Sizes()) -> None:  # noqa: B008
+def write_tiny(name: str, path: Path, seed: int = 0, sizes: Sizes = Sizes()) -> None:
     """Write a bf16 checkpoint of seeded random weights: normal, of variance 1/K, so that activations keep their size
     and the experts decide what the model says. It has no tokenizer."""
     config = tiny_config(name, sizes)
