@@ -16,7 +16,7 @@ except ImportError as error:
 from ._version import __version__
 from .bench import compare as comparing
 from .bench import doctor as doctoring
-from .bench import records, report
+from .bench import records, report, trace_report
 from .bench.run import BenchOptions, prepare
 from .bench.session import bench_session, plot_records, print_records
 
@@ -85,7 +85,8 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @bench.command()
 @click.option("--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
-              "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.")  # fmt: skip
+              "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts or of "
+              "a trace, of which FILE:layer=3,step=0 chooses.")  # fmt: skip
 @click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
 @click.option("--top-k", type=int, default=8, show_default=True,
               help="Synthetic distributions: no expert gets more than tokens / top-k rows.")  # fmt: skip
@@ -141,6 +142,56 @@ def model_command(out: str, **options: Any) -> None:
         from .bench.model import ModelOptions, prepare_model
         from .bench.model_session import model_session
     sys.exit(model_session(prepare_model(ModelOptions(**options)), out))
+
+
+class _Trace(click.Group):
+    """`trace MODEL` is `trace record MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["record", *args]
+        return super().parse_args(ctx, args)
+
+
+@cli.group(cls=_Trace, invoke_without_command=True, subcommand_metavar="MODEL [OPTIONS] | show FILE [OPTIONS]")
+@click.pass_context
+def trace(context: click.Context) -> None:
+    """Record how many tokens each expert gets in a real run, for --distribution, or show a record.
+
+    `trace MODEL` is `trace record MODEL`.
+    """
+    _help_without_command(context)
+
+
+@trace.command("record")
+@click.argument("model", required=False)
+@click.option("--tiny", metavar="NAME", help="A small model with random weights instead, as of bench model.")
+@click.option("--text", metavar="FILE", help="What the model reads.  [default: a text that is shipped]")
+@click.option("--tokens", type=int, help="Of the text, at most.  [default: as many as the model has positions]")
+@click.option("--new-tokens", type=int, default=16, show_default=True, help="Greedy steps after it.")
+@click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one.")
+@click.option("--save", metavar="FILE.json", default="trace.json", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of a tiny model's weights.")
+def record_trace(**options: Any) -> None:
+    """Rows of each expert, in each layer and step: the prompt and greedy steps after it.
+
+    Neither tokens nor text are stored. `bench prefill --distribution FILE` replays the prefill of a typical layer,
+    FILE:layer=3,step=0 another. What is interrupted keeps what was seen.
+    """
+    with _needs("transformers"):
+        from .bench.trace import TraceOptions, trace_session
+    sys.exit(trace_session(TraceOptions(**options)))
+
+
+@trace.command("show")
+@click.argument("file", metavar="FILE.json")
+@click.option("--plot", metavar="DIR", help="Write a PNG plot.")
+def show_trace(file: str, plot: str | None) -> None:
+    """The load of each layer: rows, empty experts, the largest over the mean."""
+    found = trace_report.read_trace(file)
+    trace_report.show_trace(found, Console())
+    if plot is not None:
+        click.echo(f"plot: {trace_report.plot_trace(found, file, plot)}", err=True)
 
 
 @contextlib.contextmanager

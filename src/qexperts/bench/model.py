@@ -35,7 +35,7 @@ from .records import RecordWriter
 from .timing import Rotation, Sampler, synchronize
 from .workloads import select_formats
 
-__all__ = ["ModelJob", "ModelOptions", "decode_peers", "measure_model", "prepare_model"]
+__all__ = ["ModelJob", "ModelOptions", "decode_peers", "measure_model", "model_path", "open_config", "prepare_model"]
 
 TINY_FORMATS = "int8_sym,fp8_e4m3,int4_sym,int2_sym"
 FORMATS = "int4_sym"  # of a model whose size is not known: two models in memory
@@ -122,15 +122,15 @@ def prepare_model(options: ModelOptions) -> ModelJob:
     return ModelJob(o, device, formats, prompt_tokens, rounds, RecordWriter(o.save))
 
 
-def open_config(model: str | None, tiny: str | None) -> Any:
+def open_config(model: str | None, tiny: str | None, option: str = "--model PATH") -> Any:
     """The config of a directory or of a tiny model; ValueError unless exactly one is named, and there."""
     if (model is None) == (tiny is None):
-        raise ValueError(f"give either --model PATH or --tiny NAME, one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"give either {option} or --tiny NAME, one of {', '.join(ARCHITECTURES)}")
     if tiny is not None:
         return tiny_config(tiny)
     path = Path(str(model))
     if not (path / "config.json").is_file():
-        raise ValueError(f"--model {model}: no directory with a config.json; expected a model of transformers")
+        raise ValueError(f"{model}: no directory with a config.json; expected a model of transformers")
     config: Any = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config = read_json(path / "config.json").get("quantization_config")
     return config

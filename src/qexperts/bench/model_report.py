@@ -213,11 +213,22 @@ def _quality_notes(records: Sequence[ModelRecord]) -> list[str]:
     return notes
 
 
+def _kept(records: Sequence[ModelRecord]) -> list[ModelRecord]:
+    """The newest record of each variant of ours, with the references of its run: a ratio needs both."""
+    ours = _newest([r for r in records if not r.is_reference])
+    runs = {r.run_key() for r in ours}
+    return [r for r in records if r in ours or (r.run_key() in runs and r.is_reference)] if runs else _newest(records)
+
+
+def _newest(records: Sequence[ModelRecord]) -> list[Any]:
+    key: Any = lambda r: (r.config_key(), r.device, r.torch)  # noqa: E731
+    return list(newest(records, key).values())  # type: ignore[arg-type]
+
+
 def model_chapters(records: Sequence[ModelRecord]) -> list[Chapter]:
     """One table a run, of the newest record of each variant."""
-    kept = list(newest(records, lambda r: (r.config_key(), r.device, r.torch)).values())  # type: ignore[arg-type]
     runs: dict[Any, list[ModelRow]] = {}
-    for row in model_rows(kept):  # type: ignore[arg-type]
+    for row in model_rows(_kept(records)):
         runs.setdefault(row.record.run_key(), []).append(row)
     found = []
     for rows in runs.values():

@@ -20,8 +20,8 @@ class Sizes:
     hidden: int = 512
     intermediate: int = 512  # of an expert
     dense: int = 1024  # intermediate size of layers without experts
-    experts: int = 32
-    top_k: int = 8
+    experts: int = 16
+    top_k: int = 4
     layers: int = 2
     heads: int = 8
     head_dim: int = 64
