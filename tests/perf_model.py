@@ -1,20 +1,19 @@
 """Measure a whole model with quantized experts against the same model unquantized, on this machine.
 
-    python tests/perf_model.py [--device cuda] [--sections memory,decode] [--json FILE] [--model DIRECTORY]
+    python tests/perf_model.py [--device cuda] [--sections memory,experts] [--json FILE] [--model DIRECTORY]
 
 Without --model, a checkpoint of the width of Qwen3-30B-A3B is written with random bf16 weights: 128 experts, top 8,
 hidden 2048, intermediate 768, but 4 layers and a small vocabulary, so that neither disk nor embeddings decide.
 
 Sections; each is reported even if another one fails:
     memory    bytes of the experts; the peak while a bf16 and while a quantized checkpoint is loaded
-    decode    one token at batch 1 on a cache of fixed size; on a GPU eager and in a CUDA graph
     experts   the experts of all layers alone, one token
-    prefill   a prompt, eager
     host      a decode step on a GPU: how many kernels, and how long the host takes to start them
     accuracy  logits against those of the dequantized weights in fp32, by the error rule, with equal routing
 
-The peer is the best of transformers' own experts implementations on bf16 weights. Exits with 1 if a section failed or
-a target was missed.
+Decode and prefill of a whole model, and what quantizing does to its tokens: `qexperts bench model`; with --work DIR the
+checkpoint stays in DIR/bf16 for it. The peer is the best of transformers' own experts implementations on bf16 weights.
+Exits with 1 if a section failed or a target was missed.
 """
 
 from __future__ import annotations
@@ -36,27 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # runs 
 
 import torch
 import transformers
-from perf_tools import (
-    NEAR,
-    Decode,
-    Loop,
-    Peak,
-    Timing,
-    capture,
-    check_decode,
-    experts_of,
-    follow,
-    launches,
-    parameter_bytes,
-    relative,
-    time_all,
-    write_checkpoint,
-)
+from perf_tools import Timing, follow, launches, time_all, write_checkpoint
 from torch import nn
 
 from qexperts import QuantExperts, from_pretrained
 from qexperts.bench.environment import environment, pick_device
+from qexperts.bench.generation import Decode, capture, parameter_bytes
+from qexperts.bench.memory import Peak
+from qexperts.bench.model import decode_peers
+from qexperts.bench.model_check import Loop, relative
 from qexperts.bench.timing import issue_us, median_interval, percentile
+from qexperts.integrations.transformers_modules import experts_modules
 from qexperts.testing import judge
 
 WIDE: dict[str, Any] = dict(
@@ -68,17 +57,16 @@ TINY: dict[str, Any] = dict(
     num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
 )  # fmt: skip
 
-# batched_mm copies the weights of every slot, which transformers does on GPUs only; see `Models.peers`.
-PEERS = ("grouped_mm", "batched_mm", "eager")
-# Of 4,096 tokens of the wide model that would be 300 GB.
-PREFILL_PEERS = ("grouped_mm", "eager")
 STEPS = 8  # decode steps in one sample, one after the other, as generation does them
 PROMPT = 32
 EXPERT_BYTES, PEAK = 0.27, 1.2  # targets, of bf16 and of what stays
-CPU_DECODE = 2.5  # target, times as fast as the best peer
 
 
 # ---- what is compared
+
+
+def experts_of(model: nn.Module) -> list[Any]:
+    return [module for _, module in experts_modules(model)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +77,6 @@ class Options:
     quantize: str = "int4_sym"
     group_size: int = 128
     rounds: int = 15
-    prefill: int = 4096
-    prefill_rounds: int = 5
     accuracy: int = 64
     targets: bool = True
 
@@ -121,11 +107,6 @@ class Models:
     @property
     def name(self) -> str:
         return f"qexperts {self.options.quantize}"
-
-    @property
-    def peers(self) -> Sequence[str]:
-        """Implementations of transformers that can be the best in decode."""
-        return PEERS if self.options.device.type != "cpu" else PREFILL_PEERS
 
     def variants(self, peers: Sequence[str]) -> Iterator[tuple[str, Any, Callable[[], None]]]:
         """(name, model, what selects it) of ours and of each peer."""
@@ -219,31 +200,6 @@ def tell(report: Report, timings: Sequence[Timing], ours: str, *, target: float 
         report.add(f"speed-up, {how}", ratio, "x", note=note, ratios=[round(r, 4) for r in ratios], **more)
 
 
-def decode_timings(models: Models, report: Report, peers: Sequence[str] | None = None) -> list[Timing]:
-    """What `decode` times. A peer that cannot be captured in a graph is reported and left out."""
-    device, prompt, timings = models.options.device, models.tokens(PROMPT), []
-    for name, model, select in models.variants(peers or models.peers):
-        decode = Decode(model, select, prompt)
-        check_decode(name, decode, prompt)
-        timings.append(Timing(name, "eager", decode.step, decode.reset))
-        if device.type != "cuda":
-            continue
-        decode.reset()
-        eager = decode.step().clone()
-        tokens = decode.generate(decode.step, 16)
-        if (captured := _captured(models, report, name, decode.step)) is None:
-            continue
-        replay, y = captured
-        decode.reset()
-        replay()
-        if not (difference := relative(y, eager)) < NEAR / 10:
-            raise RuntimeError(f"{name}: logits of a graph differ by {difference:.2g} from those of an eager step")
-        same = decode.generate(replay, 16) == tokens
-        report.add(f"{name}: 16 tokens of the graph are the eager ones", "yes" if same else "no")
-        timings.append(Timing(name, "graph", replay, decode.reset))
-    return timings
-
-
 def _captured(models: Models, report: Report, name: str, run: Callable[[], torch.Tensor]) -> Any:
     """`capture`; None for a peer that synchronises."""
     if name == "bf16 eager":  # looks on the host which experts are hit
@@ -256,13 +212,6 @@ def _captured(models: Models, report: Report, name: str, run: Callable[[], torch
         report.add(f"{name}, graph", "not run", note=str(error).splitlines()[0][:90])
         torch.cuda.synchronize()
         return None
-
-
-def decode(models: Models, report: Report) -> None:
-    o = models.options
-    timings = decode_timings(models, report)
-    time_all(timings, o.device, o.rounds, STEPS)
-    tell(report, timings, models.name, target=CPU_DECODE if o.device.type == "cpu" and o.targets else None)
 
 
 def host(models: Models, report: Report) -> None:
@@ -289,7 +238,7 @@ def experts(models: Models, report: Report) -> None:
     weights = torch.full((1, top_k), 1 / top_k, device=o.device, dtype=x.dtype)
     counts = [module.gate_up.E for module in experts_of(models.ours)]
     ids = [torch.randperm(count, generator=generator)[None, :top_k].to(o.device) for count in counts]
-    for name, model, select in models.variants(models.peers):
+    for name, model, select in models.variants(decode_peers(o.device)):
         modules = experts_of(model)
 
         @torch.no_grad()
@@ -301,24 +250,6 @@ def experts(models: Models, report: Report) -> None:
         if o.device.type == "cuda" and (captured := _captured(models, report, name, run)) is not None:
             timings.append(Timing(name, "graph", captured[0], select))
     time_all(timings, o.device, o.rounds, STEPS)
-    tell(report, timings, models.name)
-
-
-def prefill_timings(models: Models, peers: Sequence[str] = PREFILL_PEERS) -> list[Timing]:
-    prompt, timings = models.tokens(models.options.prefill), []
-    for name, model, select in models.variants(peers):
-
-        @torch.no_grad()
-        def run(model: Any = model) -> torch.Tensor:
-            return model(prompt, use_cache=True, logits_to_keep=1).logits
-
-        timings.append(Timing(name, f"{prompt.shape[1]} tokens", run, select))
-    return timings
-
-
-def prefill(models: Models, report: Report) -> None:
-    timings = prefill_timings(models)
-    time_all(timings, models.options.device, models.options.prefill_rounds)
     tell(report, timings, models.name)
 
 
@@ -357,10 +288,8 @@ def accuracy(models: Models, report: Report) -> None:
 
 SECTIONS: dict[str, Callable[[Models, Report], None]] = {
     "memory": memory,
-    "decode": decode,
     "host": host,
     "experts": experts,
-    "prefill": prefill,
     "accuracy": accuracy,
 }
 
@@ -388,7 +317,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
     parser.add_argument("--quantize", default="int4_sym", metavar="FORMAT")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--prefill", type=int, help="tokens; default: 4096, on a CPU 64")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: whether this script works")
     parser.add_argument("--work", type=Path, help="where checkpoints are written and kept; default: a temporary one")
     parser.add_argument("--json", type=Path, default=Path("perf_model.json"), help="default: %(default)s")
@@ -414,9 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.model is None and not (path / "model.safetensors.index.json").exists():
             write_checkpoint(path, TINY if args.tiny else WIDE, device)
         report.add("written", time.perf_counter() - started, "s")
-        tokens = args.prefill or (64 if cpu else 4096)
-        small: dict[str, Any] = {"prefill_rounds": 3, "accuracy": 8} if cpu else {}
-        options = Options(device, path, work, args.quantize, 128, args.rounds, tokens, **small, targets=not args.tiny)
+        small: dict[str, Any] = {"accuracy": 8} if cpu else {}
+        options = Options(device, path, work, args.quantize, 128, args.rounds, **small, targets=not args.tiny)
         models = Models(options)
         errors = run_sections(models, report, args.sections.split(","))
     record = {"environment": facts, "options": {k: str(v) for k, v in vars(args).items() if k not in ("work", "json")}}

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -113,18 +114,80 @@ def test_groups_that_are_small_throughout_or_zero_are_no_exception(monkeypatch: 
 
 
 @pytest.mark.skipif("avx2" not in isas(), reason="Numba compiles for this processor first")
-@pytest.mark.parametrize("part", ["pack", "gemm"])
+@pytest.mark.parametrize(
+    ("part", "source", "words"),
+    [("pack", "panels", 0), ("gemm", "panels", 0), ("gemm", "rows", 16), ("gemm", "rows", 4)],
+)
 @pytest.mark.parametrize("fmt", ["int8_sym", "int4_sym", "int2_asym"])
-def test_avx512_without_vnni_compiles_where_it_does_not_run(fmt: str, part: str) -> None:
+def test_avx512_without_vnni_compiles_where_it_does_not_run(fmt: str, part: str, source: str, words: int) -> None:
     from qexperts.kernels_cpu import build, isa
     from qexperts.kernels_cpu.spec import Kind
 
     spec = FORMATS[fmt]
     kind = Kind(
         isa=isa._isa("avx512"), format=fmt, bits=spec.bits, asym=spec.asym, x="bf16", y="bf16", dot="int16", int8=False,
-        scale="bf16", scale_access="vector", source="panels", panels=4,
+        scale="bf16", scale_access="vector", source=source, panels=4, row_words=words,
     )  # fmt: skip
     assert len(build._compile(part, kind.deciding(part))) > 1000
+
+
+# ---- rows of public weights
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k", "group", "words"),
+    [
+        ("int8_sym", 512, 128, 32),
+        ("int8_asym", 512, 512, 64),  # whose sums are cut at 256
+        ("int4_sym", 2048, 128, 16),
+        ("int4_asym", 640, 32, 4),  # a register holds several groups
+        ("int2_sym", 512, 256, 16),
+        ("int2_asym", 512, 64, 4),
+        ("int4_sym", 400, 16, 0),  # groups smaller than what is transposed at once
+        ("int4_asym", 272, 16, 0),
+        ("int8_sym", 1056, 1056, 0),  # the last part of K is short
+    ],
+)
+@pytest.mark.parametrize("isa", [name for name in isas() if name != "plain"])
+def test_rows_of_public_weights_give_the_bits_of_prepared_ones(
+    isa: str, fmt: str, k: int, group: int, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QEXPERTS_CPU_ISA", isa)
+    inputs = make_inputs(Case((1, 2, 3, 4, 0, 5), 112, k, fmt, group))
+    weight = inputs.weight
+    assert cpu_backend._kind(weight, "bf16", "bf16", int8=False, exact=False).row_words == words
+    y = multiply(inputs)
+    assert_no_worse(y, inputs.oracle, inputs.peer, k)
+    prepared = prepare(weight.with_tensors(*(t.clone() for t in weight.tensors)), "cpu")
+    assert torch.equal(y, multiply(inputs, prepared))
+
+
+class Numbers:
+    """As much of an emitter as `summed` needs, on tensors: registers that this machine may not have."""
+
+    class Register:
+        def __init__(self, values: torch.Tensor) -> None:
+            self.values = values
+
+        @property
+        def type(self) -> Any:
+            return types.SimpleNamespace(count=len(self.values))
+
+    def __init__(self) -> None:
+        self.builder = types.SimpleNamespace(add=lambda a, b: self.Register(a.values + b.values))
+
+    def shuffle(self, a: Register, b: Register, order: list[int]) -> Register:
+        return self.Register(torch.cat([a.values, b.values])[order])
+
+
+@pytest.mark.parametrize(("lanes", "width"), [(16, 16), (16, 8), (16, 4), (8, 8), (8, 4)])
+def test_sums_of_lanes_are_transposed(lanes: int, width: int) -> None:
+    from qexperts.kernels_cpu.rows import summed
+
+    e: Any = Numbers()
+    values = torch.randint(-(2**20), 2**20, (lanes, lanes))
+    found = torch.stack([one.values for one in summed(e, [e.Register(row) for row in values], width)])
+    assert torch.equal(found, values.view(lanes, lanes // width, width).sum(-1).T)
 
 
 # ---- instruction sets

@@ -26,6 +26,7 @@ LAYERS = (
     "layouts",
     "quantize",
     "workspace",
+    "traces",
     "routing",
     "plan",
     "reference",

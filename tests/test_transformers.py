@@ -531,7 +531,7 @@ def test_what_cannot_be_quantized(tmp_path: Path) -> None:
 
 
 def test_models_that_are_not_understood() -> None:
-    config = transformers.Qwen3Config(**{**writers.SMALL, "intermediate_size": 64})
+    config = transformers.Qwen3Config(**{**writers.SMALL.common, "intermediate_size": 64})
     with pytest.raises(UnsupportedError, match="no module of experts"):
         quantize_experts(transformers.AutoModelForCausalLM.from_config(config), "int4_sym")
     module = torch.nn.Module()

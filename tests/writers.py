@@ -6,6 +6,7 @@ Own code, from the descriptions of the formats: N outputs, K inputs, G groups; a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -16,39 +17,24 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from qexperts.integrations.tiny import ARCHITECTURES, Sizes, tiny_config
+
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-SMALL = dict(
-    vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
-
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **SMALL, num_experts=4, intermediate_size=96, moe_intermediate_size=64
-    ),
-    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, intermediate_size=64),
-    "olmoe": lambda: transformers.OlmoeConfig(**SMALL, num_experts=4, intermediate_size=64),
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **{**SMALL, "head_dim": 8, "num_key_value_heads": 4},
-        n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, intermediate_size=96,
-        moe_intermediate_size=64, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16,
-        v_head_dim=16,
-    ),
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **SMALL, num_local_experts=4, intermediate_size=64, sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "minimax_m2": lambda: transformers.MiniMaxM2Config(
-        **SMALL, num_local_experts=4, intermediate_size=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    ),
-    "glm4_moe": lambda: transformers.Glm4MoeConfig(
-        **SMALL, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, intermediate_size=96,
-        moe_intermediate_size=64, n_group=1, topk_group=1,
-    ),
-}  # fmt: skip
+SMALL = Sizes(
+    vocabulary=128,
+    hidden=64,
+    intermediate=64,
+    dense=96,
+    experts=4,
+    top_k=2,
+    layers=2,
+    heads=4,
+    head_dim=16,
+    positions=64,
+)
+CONFIGS = {name: functools.partial(tiny_config, name, SMALL) for name in ARCHITECTURES}
 
 # The linears that a library quantizes: those of experts, attention and dense layers, where they have whole groups.
 LINEAR = re.compile(r"\.(experts\.\d+\.\w+|self_attn\.\w+_proj|mlp\.\w+_proj|shared_experts\.\w+_proj)\.weight$")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 try:
@@ -15,7 +16,7 @@ except ImportError as error:
 from ._version import __version__
 from .bench import compare as comparing
 from .bench import doctor as doctoring
-from .bench import records, report
+from .bench import records, report, trace_report
 from .bench.run import BenchOptions, prepare
 from .bench.session import bench_session, plot_records, print_records
 
@@ -63,7 +64,8 @@ _WEIGHT_LAYOUT = click.option(
 )  # fmt: skip
 _DISTRIBUTION = click.option(
     "--distribution", metavar="NAME|FILE", help="autoround-256 (default), even, hot[:SHARE] "
-    "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts.",
+    "(one expert has 0.6 of the rows), zipf[:S], log-normal[:SIGMA], or a JSON file of counts or of a trace, of which "
+    "FILE:layer=3,step=0 chooses.",
 )  # fmt: skip
 _TOKENS = click.option("--tokens", type=int, help="Rows over all experts; the distribution is resampled to it.")
 
@@ -184,6 +186,97 @@ def layer(out: str, **options: Any) -> None:
     sys.exit(bench_session(prepare(BenchOptions("layer", **options)), out))
 
 
+@bench.command("model")
+@click.option("--model", metavar="PATH", help="A directory with a model of transformers.")
+@click.option("--tiny", metavar="NAME", help="A small model of this architecture with seeded random weights instead: "
+              "qwen3_moe, mixtral, olmoe, deepseek_v3, gpt_oss, minimax_m2 or glm4_moe.")  # fmt: skip
+@click.option("--formats", help="Comma list of formats that the experts are quantized to, or all. All of them are in "
+              "memory at once, with the unquantized model.  [default: int4_sym; with --tiny "
+              "int8_sym,fp8_e4m3,int4_sym,int2_sym]")  # fmt: skip
+@click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale.")
+@click.option("--prompt-tokens", type=int, help="Tokens of each prompt.  [default: 512, on a CPU 64]")
+@click.option("--new-tokens", type=int, default=16, show_default=True, help="Steps of a decode.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
+@click.option("--text", metavar="FILE", help="Prompts come from it, and quality is measured on it.  [default: a text "
+              "that is shipped]")  # fmt: skip
+@click.option("--text-tokens", type=int, default=1024, show_default=True, help="So much of it, for quality.")
+@click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one.")
+@click.option("--rounds", type=int, help="Samples of each variant.  [default: 20, on a CPU 7]")
+@click.option("--out", type=OUT, default="table", show_default=True)
+@click.option("--save", metavar="FILE.jsonl", help="Append a record for each variant.")
+@click.option("--plot", metavar="DIR", help="Write PNG plots.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of a tiny model's weights.")
+def model_command(out: str, **options: Any) -> None:
+    """A whole model: prefill, first token, decode, memory and quality, with its experts in each format.
+
+    The reference is the same model with transformers' own experts on unquantized weights. Exit code 1 if a decode of
+    ours takes more than twice as long.
+    """
+    with _needs("transformers"):
+        from .bench.model import ModelOptions, prepare_model
+        from .bench.model_session import model_session
+    sys.exit(model_session(prepare_model(ModelOptions(**options)), out))
+
+
+class _Trace(click.Group):
+    """`trace MODEL` is `trace record MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["record", *args]
+        return super().parse_args(ctx, args)
+
+
+@cli.group(cls=_Trace, invoke_without_command=True, subcommand_metavar="MODEL [OPTIONS] | show FILE [OPTIONS]")
+@click.pass_context
+def trace(context: click.Context) -> None:
+    """Record how many tokens each expert gets in a real run, for --distribution, or show a record.
+
+    `trace MODEL` is `trace record MODEL`.
+    """
+    _help_without_command(context)
+
+
+@trace.command("record")
+@click.argument("model", required=False)
+@click.option("--tiny", metavar="NAME", help="A small model with random weights instead, as of bench model.")
+@click.option("--text", metavar="FILE", help="What the model reads.  [default: a text that is shipped]")
+@click.option("--tokens", type=int, help="Of the text, at most.  [default: as many as the model has positions]")
+@click.option("--new-tokens", type=int, default=16, show_default=True, help="Greedy steps after it.")
+@click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one.")
+@click.option("--save", metavar="FILE.json", default="trace.json", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of a tiny model's weights.")
+def record_trace(**options: Any) -> None:
+    """Rows of each expert, in each layer and step: the prompt and greedy steps after it.
+
+    Neither tokens nor text are stored. `bench prefill --distribution FILE` replays the prefill of a typical layer,
+    FILE:layer=3,step=0 another. What is interrupted keeps what was seen.
+    """
+    with _needs("transformers"):
+        from .bench.trace import TraceOptions, trace_session
+    sys.exit(trace_session(TraceOptions(**options)))
+
+
+@trace.command("show")
+@click.argument("file", metavar="FILE.json")
+@click.option("--plot", metavar="DIR", help="Write a PNG plot.")
+def show_trace(file: str, plot: str | None) -> None:
+    """The load of each layer: rows, empty experts, the largest over the mean."""
+    found = trace_report.read_trace(file)
+    trace_report.show_trace(found, Console())
+    if plot is not None:
+        click.echo(f"plot: {trace_report.plot_trace(found, file, plot)}", err=True)
+
+
+@contextlib.contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Imports that an extra brings, which would slow down every other command."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this command needs {error.name}; pip install 'qexperts[{extra}]'") from None
+
+
 @cli.command()
 @click.argument("files", metavar="FILE.jsonl...", nargs=-1, required=True)
 @click.option("--mode", type=click.Choice(["summary", "full"]), default="summary", show_default=True)
@@ -191,7 +284,7 @@ def layer(out: str, **options: Any) -> None:
 @click.option("--plot", metavar="DIR", help="Write PNG plots.")
 def show(files: tuple[str, ...], mode: str, out: str, plot: str | None) -> None:
     """Print or plot saved records, as the run that saved them did."""
-    found = [record for file in files for record in records.load_records(file)]
+    found = [record for file in files for record in records.load_all(file)]
     if not found:
         raise ValueError(f"{', '.join(files)}: no records")
     print_records(found, out, mode)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import reprlib
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from statistics import NormalDist
 from typing import TypeGuard
 
 import torch
+
+from .traces import Trace, is_trace
 
 __all__ = [
     "RECORDED",
@@ -102,12 +105,13 @@ def recorded(name: str = "autoround-256") -> Distribution:
     return _parse((_DATA / f"{name}.json").read_bytes(), f"recorded: {name}", name, "recorded counts")
 
 
-def from_file(path: str | os.PathLike[str]) -> Distribution:
+def from_file(path: str | os.PathLike[str], choice: str | None = None) -> Distribution:
     """Read counts from a JSON file.
 
     Args:
-        path: a list of counts, or an object with `num_tokens_per_expert` and optionally `name` and `source`. The name
-            defaults to the file's. Counts may all be zero; such a distribution cannot be resampled to rows.
+        path: a list of counts, an object with `num_tokens_per_expert` and optionally `name` and `source`, or a trace.
+            The name defaults to the file's. Counts may all be zero; such a distribution cannot be resampled to rows.
+        choice: of a layer and step of a trace, as `Trace.choose` takes it.
     Raises: ValueError, one line that names the file and what is wrong with it.
     """
     where = f"from_file: {str(path)!r}"
@@ -116,7 +120,7 @@ def from_file(path: str | os.PathLike[str]) -> Distribution:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{where} cannot be read ({reason}); give a JSON file of counts.") from None
-    return _parse(text, where, Path(path).stem, f"counts read from {Path(path).name}")
+    return _parse(text, where, Path(path).stem, f"counts read from {Path(path).name}", choice)
 
 
 def even(num_experts: int, total_tokens: int, *, max_per_expert: int | None = None) -> Distribution:
@@ -269,7 +273,7 @@ def parse_distribution(
     Args:
         text: a recorded name; `even`; `hot` or `hot:SHARE` (default 0.6); `zipf` or `zipf:S` (default 1);
             `log-normal` or `log-normal:SIGMA` (default 1.5); or a JSON file: anything with a path separator, ending in
-            .json, or that exists. Names come first.
+            .json, or that exists. Names come first. FILE:layer=3,step=0 chooses from a trace.
         num_experts, total_tokens: the size to make or resample to; None is the size recorded, for synthetic ones that
             of autoround-256.
         seed, max_per_expert: as in `zipf` and `resample`.
@@ -291,8 +295,10 @@ def parse_distribution(
         make = {"hot": hot, "zipf": zipf, "log-normal": log_normal}[kind]
         return make(value, experts, rows, seed, max_per_expert=max_per_expert)
     separators = tuple(filter(None, (os.sep, os.altsep)))
-    if text and (text.endswith(".json") or any(sep in text for sep in separators) or os.path.exists(text)):
-        return resample(from_file(text), num_experts, total_tokens, seed, max_per_expert=max_per_expert)
+    chosen = re.fullmatch(r"(.+):((?:layer|step)=.*)", text)
+    file, choice = chosen.groups() if chosen and not os.path.exists(text) else (text, None)
+    if file and (file.endswith(".json") or any(sep in file for sep in separators) or os.path.exists(file)):
+        return resample(from_file(file, choice), num_experts, total_tokens, seed, max_per_expert=max_per_expert)
     known = ", ".join([*RECORDED, "even", "hot[:SHARE]", "zipf[:S]", "log-normal[:SIGMA]"])
     raise ValueError(f"distribution: {reprlib.repr(text)} is not known; expected one of {known}, or a JSON file.")
 
@@ -344,12 +350,18 @@ def _problem(counts: Sequence[object], what: str) -> str | None:
     return f"{what} sums to {reprlib.repr(total)}; expected at most {MAX_ROWS} (int32)" if total > MAX_ROWS else None
 
 
-def _parse(text: bytes, where: str, name: str, source: str) -> Distribution:
+def _parse(text: bytes, where: str, name: str, source: str, choice: str | None = None) -> Distribution:
     """A distribution from JSON; `name` and `source` hold where the file does not say."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
+    if is_trace(data):
+        trace = Trace.of(data, where)
+        chosen, counts = trace.choose(where, choice)
+        return Distribution(f"{name}:{chosen}", tuple(counts), f"{chosen} of a trace of {trace.model}")
+    if choice is not None:
+        raise ValueError(f"{where} is no trace, so there is nothing to choose by {reprlib.repr(choice)}.")
     what = "the list"
     if isinstance(data, dict):
         what = "num_tokens_per_expert"

@@ -136,6 +136,7 @@ def experts_loop(
     *,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    input_order: torch.Tensor | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
     """What `fused_experts` computes, one expert after the other in plain torch: [T, H].
@@ -153,7 +154,8 @@ def experts_loop(
             exact_weight(w, e, dtype) if exact else dequantize(w.experts(e, e + 1), dtype)[0]
             for w in (w_gate_up, w_down)
         )
-        h = x[token] @ up.T
+        rows = x[token] if input_order is None else x[token][:, input_order[e].long()]
+        h = rows @ up.T
         h = h if gate_up_bias is None else h + gate_up_bias[e].to(dtype)
         if callable(activation):
             h = activation(h)

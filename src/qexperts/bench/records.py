@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from .model_records import ModelRecord
+
 SCHEMA = 1
 
 
@@ -175,16 +177,15 @@ class Record:
         return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
-_FIELDS = {f.name for f in dataclasses.fields(Record)}
-_REQUIRED = {f.name for f in dataclasses.fields(Record) if f.default is dataclasses.MISSING
-             and f.default_factory is dataclasses.MISSING}  # fmt: skip
+_NUMBERS = (
+    "total_tokens", "n", "k", "median_ms", "p20_ms", "p80_ms", "launches", "flop", "mandatory_bytes",
+    "prompt_tokens", "new_tokens", "batch", "prefill_ms", "decode_ms", "expert_bytes", "kl", "top1",
+)  # fmt: skip
+_OTHER_KINDS = {"model": ModelRecord}
 
 
-_NUMBERS = ("total_tokens", "n", "k", "median_ms", "p20_ms", "p80_ms", "launches", "flop", "mandatory_bytes")
-
-
-def record_from_json(line: str, where: str) -> Record:
-    """Parse one line; ValueError names the file and line, and what is wrong."""
+def record_from_json(line: str, where: str) -> Any:
+    """Parse one line into the class of its kind; ValueError names the file and line, and what is wrong."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
@@ -192,24 +193,37 @@ def record_from_json(line: str, where: str) -> Record:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{where}: schema {found!r}; expected a benchmark record with schema {SCHEMA}")
-    missing = _REQUIRED - data.keys()
+    kind = _OTHER_KINDS.get(str(data.get("kind")), Record)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    missing = {
+        name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING
+    } - data.keys()
     if missing:
         raise ValueError(f"{where}: record lacks {', '.join(sorted(missing))}")
-    record = Record(**{key: value for key, value in data.items() if key in _FIELDS})
+    record = kind(**{key: value for key, value in data.items() if key in fields})
     for name in _NUMBERS:
-        value = getattr(record, name)
+        value = getattr(record, name, None)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise ValueError(f"{where}: {name} is {value!r}; expected a number")
     return record
 
 
-def load_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a .jsonl file of records."""
+def load_all(path: str | os.PathLike[str]) -> list[Any]:
+    """Read a .jsonl file of records of any kind."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; expected a file of benchmark records") from None
     return [record_from_json(line, f"{path}:{i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def load_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Read a .jsonl file of records of one multiplication each; ValueError if it holds others."""
+    found = load_all(path)
+    for i, record in enumerate(found, 1):
+        if not isinstance(record, Record):
+            raise ValueError(f"{path}: record {i} is of kind {record.kind}; expected prefill or decode")
+    return found
 
 
 class RecordWriter:
@@ -223,10 +237,10 @@ class RecordWriter:
         self._file: IO[str] | None = None
         if path is not None:
             if os.path.isfile(path):
-                load_records(path)
+                load_all(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run, see close()
 
-    def write(self, records: Iterable[Record]) -> None:
+    def write(self, records: Iterable[Record | ModelRecord]) -> None:
         if self._file is None:
             return
         for record in records:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .model_plots import plot_models
+from .model_records import ModelRecord
+from .model_report import model_chapters, render_models
 from .plots import plot_all
 from .records import Record
 from .report import chapters, render, show
@@ -40,19 +43,28 @@ def bench_session(job: Job, out: str) -> int:
     return code or int(any(r.status == "WRONG" for r in found))
 
 
-def print_records(found: Sequence[Record], out: str, mode: str) -> None:
-    """The report of records on stdout."""
+def print_records(found: Sequence[Record | ModelRecord], out: str, mode: str) -> None:
+    """The report of records on stdout; whole models have columns of their own, and a csv or json of their own."""
+    plain, models = _by_class(found)
+    if plain and models and out in ("csv", "json"):
+        raise ValueError(f"--out {out}: the records are of several kinds; show each kind by itself")
     if out == "table":
-        show(chapters(found, mode), Console())  # type: ignore[arg-type]
+        show([*chapters(plain, mode), *model_chapters(models)], Console())  # type: ignore[arg-type]
         return
-    sys.stdout.write(str(render(found, out, mode)))  # type: ignore[arg-type]
-    sys.stdout.write("" if out in ("csv", "json") else "\n")
+    texts = [render(plain, out, mode)] if plain else []  # type: ignore[arg-type]
+    texts += [render_models(models, out)] if models else []  # type: ignore[arg-type]
+    sys.stdout.write("\n".join(map(str, texts)) + ("" if out in ("csv", "json") else "\n"))
 
 
-def plot_records(found: Sequence[Record], directory: str) -> None:
+def _by_class(found: Sequence[Record | ModelRecord]) -> tuple[list[Record], list[ModelRecord]]:
+    return [r for r in found if isinstance(r, Record)], [r for r in found if isinstance(r, ModelRecord)]
+
+
+def plot_records(found: Sequence[Record | ModelRecord], directory: str) -> None:
     """PNG files of records."""
-    counts = {r.distribution: r.num_tokens_per_expert for r in found}
-    for path in plot_all(found, counts, directory):
+    plain, models = _by_class(found)
+    counts = {r.distribution: r.num_tokens_per_expert for r in plain}
+    for path in [*plot_all(plain, counts, directory), *plot_models(models, directory)]:
         Console(stderr=True).print(f"plot: {path}", highlight=False, soft_wrap=True)
 
 

@@ -14,7 +14,15 @@ from ..errors import UnsupportedError
 from ..formats import QuantWeight, index_experts
 from ..layer import Activation, QuantExperts, fused_experts
 
-__all__ = ["ExpertsSpec", "experts_forward", "experts_of", "fold_order", "fp8_experts_forward", "replace"]
+__all__ = [
+    "ExpertsSpec",
+    "experts_forward",
+    "experts_modules",
+    "experts_of",
+    "fold_order",
+    "fp8_experts_forward",
+    "replace",
+]
 
 # Classes of transformers.activations and torch.nn, by name -> the name in `layer.ACTIVATIONS`.
 _ACTIVATIONS = {
@@ -100,6 +108,11 @@ def experts_of(where: str, model: nn.Module) -> Iterator[tuple[ExpertsSpec, nn.M
 def _is_experts(module: nn.Module) -> bool:
     """Whether use_experts_implementation has decorated the class of a module."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(type(module), "_apply_gate")
+
+
+def experts_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of the experts of each layer, ours or transformers', whether or not ours could replace them."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, QuantExperts) or _is_experts(m)]
 
 
 def describe(where: str, name: str, module: Any) -> ExpertsSpec:
