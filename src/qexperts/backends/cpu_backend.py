@@ -3,8 +3,9 @@
     plan       the first thread reads the counts and cuts the rows into items
     pack       activations into the order of the weights' codes, if they are not in it
     gemm       threads take units, an item times 64 (16) columns: few rows multiply what they unpack, many rows unpack
-               a block of the weight once into the cache; either way sums are added in one order, so decode and
-               prefill give the same bits
+               a block of the weight once into the cache; public weights are gathered into that order, or, where
+               sums are integers, multiplied with few rows as they lie; sums of fp32 are added in one order, so decode
+               and prefill, public and prepared weights give the same bits
 
 Activations and the products they are multiplied in:
 
