@@ -48,6 +48,12 @@ class Loop:
         self._t = tensors
         self._packed: list[torch.Tensor] | None = None
 
+    def _absent(self, module: str, package: str) -> str | None:
+        """Why a package for CPUs cannot be called, or None."""
+        if self._t.x.device.type != "cpu":
+            return f"is measured on CPUs; tensors are on {self._t.x.device}"
+        return f"not installed: pip install {package}" if importlib.util.find_spec(module) is None else None
+
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:
         return self._slices if candidate.api == "raw" else None
 
@@ -103,14 +109,10 @@ class ArkProvider(Loop):
     """ARK's quantized linear layer."""
 
     def refuse(self, candidate: Candidate) -> str | None:
-        device, weight = self._t.x.device, self._t.weight
-        if device.type != "cpu":
-            return f"is measured on CPUs; tensors are on {device}"
-        if importlib.util.find_spec(MODULE) is None:
-            return f"not installed: pip install {PACKAGE}"
-        if weight.format.kind != "int":
-            return f"takes integer weights here, not {weight.format.name}"
-        return None
+        if reason := self._absent(MODULE, PACKAGE):
+            return reason
+        fmt = self._t.weight.format
+        return None if fmt.kind == "int" else f"takes integer weights here, not {fmt.name}"
 
     def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
         x, weight = self._t.x, self._t.weight

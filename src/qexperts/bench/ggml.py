@@ -279,11 +279,9 @@ class GgmlProvider(Loop):
         self._made: dict[int, _Weights] = {}
 
     def refuse(self, candidate: Candidate) -> str | None:
-        device, weight = self._t.x.device, self._t.weight
-        if device.type != "cpu":
-            return f"is measured on CPUs; tensors are on {device}"
-        if importlib.util.find_spec(MODULE) is None:
-            return f"not installed: pip install {PACKAGE}"
+        if reason := self._absent(MODULE, PACKAGE):
+            return reason
+        weight = self._t.weight
         if weight.format.name not in TYPES:
             return f"has blocks for {' and '.join(TYPES)}, not {weight.format.name}"
         if weight.K % Q8_0_BLOCK or (weight.group_size or weight.K) % Q8_0_BLOCK:

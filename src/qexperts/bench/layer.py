@@ -27,7 +27,8 @@ from ..testing import experts_loop, judge, nan_filled
 from . import transformers_peer
 from .binding import Refused, of_peer
 from .candidates import HINTED, WAYS
-from .measure import captured, fits, summarise
+from .environment import version_of
+from .measure import captured, fits, summarise, template_of
 from .records import Record
 from .roofline import Ceilings, useful_flop
 from .timing import Sampler, issue_us
@@ -164,39 +165,12 @@ def _ways(layers: Sequence[_Layer], layouts: Sequence[str]) -> list[_Way]:
 
 
 def _template(w: LayerWorkload, layers: Sequence[_Layer], ceilings: Ceilings, env: dict[str, str | None]) -> Record:
-    d, (n, k) = w.distribution, w.projections[0]
-    return Record(
-        kind=w.kind,
-        distribution=d.name,
-        scaled=w.scaled,
-        num_experts=d.num_experts,
-        active_experts=d.active_experts,
-        total_tokens=d.total_tokens,
-        max_tokens=d.max_tokens,
-        num_tokens_per_expert=list(d.counts),
-        n=n,
-        k=k,
-        group_size=layers[0].weights[0].group_size,
-        format=w.format.name,
-        dtype=w.dtype,
-        seed=w.seed,
-        batch=w.batch,
-        top_k=w.top_k,
+    return dataclasses.replace(
+        template_of(w, *w.projections[0], layers[0].weights[0].group_size, ceilings, env),
         layers=w.layers,
         decode_steps=w.decode_steps,
         decode_threshold=w.decode_threshold,
-        provider="",
-        strategy="",
-        threshold=None,
-        scope="",
-        gather=None,
-        graph=False,
         api="wrapper",
-        weight_layout="",
-        ceiling_tflops=ceilings.tflops,
-        ceiling_copy_gbps=ceilings.copy_gbps,
-        ceiling_read_gbps=ceilings.read_gbps,
-        **env,  # type: ignore[arg-type]
     )
 
 
@@ -235,7 +209,7 @@ def _prepare(row: _Row, workload: LayerWorkload, layers: Sequence[_Layer], devic
     if reason := _reason_against(row, layers):
         raise Refused(reason)
     if row.way.provider == PEER:
-        record.config = transformers_peer.version()
+        record.config = f"{PEER} {version_of(PEER)}"
     calls = [_call(row, layer, workload.decode_threshold) for layer in layers]
     work = [(call, *layer.steps[i]) for i in indices for call, layer in zip(calls, layers, strict=True)]
     oracle, peer = (

@@ -26,9 +26,9 @@ from .providers import Binder
 from .records import Record
 from .roofline import Ceilings, mandatory_bytes, reads, useful_flop
 from .timing import ROTATE, Rotation, Sampler, host_ms, issue_us, last_level_cache, percentile
-from .workloads import Workload, make_inputs
+from .workloads import LayerWorkload, Workload, make_inputs
 
-__all__ = ["captured", "fits", "measure_workload", "summarise"]
+__all__ = ["captured", "fits", "measure_workload", "summarise", "template_of"]
 
 T = TypeVar("T")
 SCHEDULE_SAMPLES = 9
@@ -197,25 +197,28 @@ def _need(row: _Row, binder: Binder) -> int:
     return 0
 
 
-def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, str | None]) -> Record:
-    d = workload.distribution
+def template_of(
+    w: Workload | LayerWorkload, n: int, k: int, group_size: int | None, ceilings: Ceilings, env: dict[str, str | None]
+) -> Record:
+    """What all records of a workload share: the workload, the ceilings and the machine."""
+    d = w.distribution
     return Record(
-        kind=workload.kind,
+        kind=w.kind,
         distribution=d.name,
-        scaled=workload.scaled,
+        scaled=w.scaled,
         num_experts=d.num_experts,
         active_experts=d.active_experts,
         total_tokens=d.total_tokens,
         max_tokens=d.max_tokens,
         num_tokens_per_expert=list(d.counts),
-        n=workload.n,
-        k=workload.k,
-        group_size=t.weight.group_size,
-        format=workload.format.name,
-        dtype=workload.dtype,
-        seed=workload.seed,
-        batch=workload.batch,
-        top_k=workload.top_k,
+        n=n,
+        k=k,
+        group_size=group_size,
+        format=w.format.name,
+        dtype=w.dtype,
+        seed=w.seed,
+        batch=w.batch,
+        top_k=w.top_k,
         provider="",
         strategy="",
         threshold=None,
@@ -224,12 +227,19 @@ def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, 
         graph=False,
         api="",
         weight_layout="",
-        flop=useful_flop(d.total_tokens, workload.n, workload.k),
-        mandatory_bytes=mandatory_bytes(t.weight, d.active_experts, d.total_tokens, workload.torch_dtype),
         ceiling_tflops=ceilings.tflops,
         ceiling_copy_gbps=ceilings.copy_gbps,
         ceiling_read_gbps=ceilings.read_gbps,
         **env,  # type: ignore[arg-type]
+    )
+
+
+def _template(workload: Workload, t: Inputs, ceilings: Ceilings, env: dict[str, str | None]) -> Record:
+    d, n, k = workload.distribution, workload.n, workload.k
+    return dataclasses.replace(
+        template_of(workload, n, k, t.weight.group_size, ceilings, env),
+        flop=useful_flop(d.total_tokens, n, k),
+        mandatory_bytes=mandatory_bytes(t.weight, d.active_experts, d.total_tokens, workload.torch_dtype),
     )
 
 

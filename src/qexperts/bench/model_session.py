@@ -11,7 +11,7 @@ from rich.console import Console
 from .model import ModelJob, measure_model
 from .model_records import ModelRecord
 from .model_report import slow
-from .session import plot_records, print_records
+from .session import reported
 
 __all__ = ["model_session", "progress"]
 
@@ -33,17 +33,5 @@ def model_session(job: ModelJob, out: str) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     found: list[ModelRecord] = []
-    code = 0
-    try:
-        measure_model(job, found, progress(console))
-    except KeyboardInterrupt:
-        code = 130
-        saved = f", kept in {job.options.save}" if job.options.save else ""
-        console.print(f"interrupted: {len(found)} variants so far{saved}", style="yellow", highlight=False)
-    finally:
-        job.writer.close()
-    if found:
-        print_records(found, out, "summary")
-    if found and job.options.plot is not None and code == 0:
-        plot_records(found, job.options.plot)
-    return code or int(any(r.status == "WRONG" for r in found) or bool(slow(found)))
+    code = reported(job, lambda: measure_model(job, found, progress(console)), found, (out, "summary"), console)
+    return code or int(bool(slow(found)))

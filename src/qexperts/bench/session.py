@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,26 +19,48 @@ from .report import chapters, render, show
 from .run import Job, run
 from .workloads import LayerWorkload, Workload
 
-__all__ = ["bench_session", "plot_records", "print_records"]
+if TYPE_CHECKING:
+    from .model import ModelJob
+
+__all__ = ["bench_session", "plot_records", "print_records", "reported"]
 
 
 def bench_session(job: Job, out: str) -> int:
     """Measure, print, plot. Returns the exit code: 0, 1 if a result was WRONG, 130 if interrupted."""
     console = Console(stderr=True)
     found: list[Record] = []
-    code = 0
-    try:
+
+    def measure() -> None:
         with _Progress(console, len(job.workloads)) as progress:
             for record in run(job, progress.tick):
                 found.append(record)
+
+    return reported(job, measure, found, (out, job.options.mode), console)
+
+
+def reported(
+    job: Job | ModelJob,
+    measure: Callable[[], None],
+    found: Sequence[Record | ModelRecord],
+    report: tuple[str, str],
+    console: Console,
+) -> int:
+    """Measure, which fills `found`; print and plot that, also what an interrupt leaves.
+
+    report: how to print, and which mode. Returns the exit code, as `bench_session`.
+    """
+    code = 0
+    try:
+        measure()
     except KeyboardInterrupt:
         code = 130
         saved = f", kept in {job.options.save}" if job.options.save else ""
-        console.print(f"interrupted: {len(found)} rows measured so far{saved}", style="yellow", highlight=False)
+        unit = "rows measured" if isinstance(job, Job) else "variants"
+        console.print(f"interrupted: {len(found)} {unit} so far{saved}", style="yellow", highlight=False)
     finally:
         job.writer.close()
     if found:
-        print_records(found, out, job.options.mode)
+        print_records(found, *report)
     if found and job.options.plot is not None and code == 0:
         plot_records(found, job.options.plot)
     return code or int(any(r.status == "WRONG" for r in found))

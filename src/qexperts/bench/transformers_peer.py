@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["IMPLEMENTATIONS", "SYNCING", "experts_of", "needed_bytes", "reason_against", "version"]
+__all__ = ["IMPLEMENTATIONS", "SYNCING", "experts_of", "needed_bytes", "reason_against"]
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 SYNCING = ("eager",)  # it asks the host which experts have rows
@@ -22,10 +21,6 @@ def reason_against(implementation: str, device: torch.device) -> str | None:
     if implementation == "batched_mm" and device.type == "cpu":
         return "copies the weights of every row, which transformers does on GPUs only"
     return None
-
-
-def version() -> str:
-    return f"transformers {importlib.metadata.version('transformers')}"
 
 
 def experts_of(implementation: str, w_gate_up: torch.Tensor, w_down: torch.Tensor) -> Any:
