@@ -189,7 +189,8 @@ def layer(out: str, **options: Any) -> None:
 @bench.command("model")
 @click.option("--model", metavar="PATH", help="A directory with a model of transformers.")
 @click.option("--tiny", metavar="NAME", help="A small model of this architecture with seeded random weights instead: "
-              "qwen3_moe, mixtral, olmoe, deepseek_v3, gpt_oss, minimax_m2 or glm4_moe.")  # fmt: skip
+              "qwen3_moe, mixtral, olmoe, deepseek_v3, gpt_oss, minimax_m2 or glm4_moe; qwen3_30b_a3b is as wide as "
+              "Qwen3-30B-A3B, has 4 layers and takes 5 GB of the temporary directory.")  # fmt: skip
 @click.option("--formats", help="Comma list of formats that the experts are quantized to, or all. All of them are in "
               "memory at once, with the unquantized model.  [default: int4_sym; with --tiny "
               "int8_sym,fp8_e4m3,int4_sym,int2_sym]")  # fmt: skip

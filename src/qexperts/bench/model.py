@@ -21,7 +21,7 @@ import transformers
 
 from ..formats import WeightFormat
 from ..integrations.shards import read_json
-from ..integrations.tiny import ARCHITECTURES, tiny_config, write_tiny
+from ..integrations.tiny import NAMES, tiny_config, write_tiny
 from ..integrations.transformers import from_pretrained
 from ..integrations.transformers_modules import experts_modules
 from ..layer import QuantExperts
@@ -56,7 +56,7 @@ class ModelOptions:
     """What the command line asks for; None means the default, which may depend on the device.
 
     Attributes:
-        model: a directory; tiny: a name in `ARCHITECTURES`. One of them.
+        model: a directory; tiny: a name in `NAMES`. One of them.
         text, text_tokens: file that quality is measured on, and how much of it.
     """
 
@@ -125,7 +125,7 @@ def prepare_model(options: ModelOptions) -> ModelJob:
 def open_config(model: str | None, tiny: str | None, option: str = "--model PATH") -> Any:
     """The config of a directory or of a tiny model; ValueError unless exactly one is named, and there."""
     if (model is None) == (tiny is None):
-        raise ValueError(f"give either {option} or --tiny NAME, one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"give either {option} or --tiny NAME, one of {', '.join(NAMES)}")
     if tiny is not None:
         return tiny_config(tiny)
     path = Path(str(model))

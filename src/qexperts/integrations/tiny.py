@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["ARCHITECTURES", "Sizes", "tiny_config", "write_tiny"]
+__all__ = ["ARCHITECTURES", "NAMES", "Sizes", "tiny_config", "write_tiny"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Sizes:
     top_k: int = 4
     layers: int = 2
     heads: int = 8
+    key_value_heads: int | None = None  # half of them
     head_dim: int = 64
     positions: int = 4096
 
@@ -32,8 +33,8 @@ class Sizes:
         """What every config calls by the same name."""
         return dict(
             vocab_size=self.vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.heads // 2, head_dim=self.head_dim,
-            num_experts_per_tok=self.top_k, max_position_embeddings=self.positions,
+            num_attention_heads=self.heads, num_key_value_heads=self.key_value_heads or self.heads // 2,
+            head_dim=self.head_dim, num_experts_per_tok=self.top_k, max_position_embeddings=self.positions,
             pad_token_id=0, bos_token_id=1, eos_token_id=None,
         )  # fmt: skip
 
@@ -93,16 +94,25 @@ _CONFIGS = {
     "glm4_moe": _glm4_moe,
 }
 ARCHITECTURES = tuple(_CONFIGS)
+# what is not tiny: as wide as a published model, with fewer layers and a small vocabulary
+WIDE = {
+    "qwen3_30b_a3b": ("qwen3_moe", Sizes(
+        hidden=2048, intermediate=768, dense=6144, experts=128, top_k=8, layers=4, heads=32,
+        key_value_heads=4, head_dim=128,
+    )),
+}  # fmt: skip
+NAMES = (*ARCHITECTURES, *WIDE)
 
 
-def tiny_config(name: str, sizes: Sizes = Sizes()) -> Any:
-    """The config of an architecture at other sizes. ValueError for a name that is not in `ARCHITECTURES`."""
-    if name not in _CONFIGS:
-        raise ValueError(f"--tiny {name}: no such architecture; expected one of {', '.join(ARCHITECTURES)}")
-    return _CONFIGS[name](sizes)
+def tiny_config(name: str, sizes: Sizes | None = None) -> Any:
+    """The config of a name in `NAMES`, at other sizes if they are given. ValueError for any other name."""
+    if name not in NAMES:
+        raise ValueError(f"--tiny {name}: no such architecture; expected one of {', '.join(NAMES)}")
+    architecture, own = WIDE.get(name, (name, Sizes()))
+    return _CONFIGS[architecture](sizes or own)
 
 
-def write_tiny(name: str, path: Path, seed: int = 0, sizes: Sizes = Sizes()) -> None:
+def write_tiny(name: str, path: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
     """Write a bf16 checkpoint of seeded random weights: normal, of variance 1/K, so that activations keep their size
     and the experts decide what the model says. It has no tokenizer."""
     config = tiny_config(name, sizes)
