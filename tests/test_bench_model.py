@@ -36,7 +36,7 @@ SHORT = {"prompt_tokens": 8, "new_tokens": 2, "text_tokens": 64, "rounds": 5, "d
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models of the tests' sizes, with positions for the prompt."""
     sizes = dataclasses.replace(writers.SMALL, vocabulary=256, positions=128)
-    monkeypatch.setattr(bench, "write_tiny", lambda name, path, seed: _write(name, path, seed, sizes))
+    monkeypatch.setattr(bench, "write_tiny", lambda name, path, seed, device: _write(name, path, seed, sizes))
 
 
 def _write(name: str, path: Path, seed: int, sizes: Any) -> None:

@@ -206,7 +206,8 @@ def layer(out: str, **options: Any) -> None:
 @click.option("--out", type=OUT, default="table", show_default=True)
 @click.option("--save", metavar="FILE.jsonl", help="Append a record for each variant.")
 @click.option("--plot", metavar="DIR", help="Write PNG plots.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of a tiny model's weights.")
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Of random weights; each kind of device draws its own.")  # fmt: skip
 def model_command(out: str, **options: Any) -> None:
     """A whole model: prefill, first token, decode, memory and quality, with its experts in each format.
 
@@ -246,7 +247,8 @@ def trace(context: click.Context) -> None:
 @click.option("--new-tokens", type=int, default=16, show_default=True, help="Greedy steps after it.")
 @click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one.")
 @click.option("--save", metavar="FILE.json", default="trace.json", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of a tiny model's weights.")
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Of random weights; each kind of device draws its own.")  # fmt: skip
 def record_trace(**options: Any) -> None:
     """Rows of each expert, in each layer and step: the prompt and greedy steps after it.
 

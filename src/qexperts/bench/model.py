@@ -137,11 +137,11 @@ def open_config(model: str | None, tiny: str | None, option: str = "--model PATH
 
 
 @contextlib.contextmanager
-def model_path(model: str | None, tiny: str | None, seed: int) -> Iterator[Path]:
+def model_path(model: str | None, tiny: str | None, seed: int, device: torch.device) -> Iterator[Path]:
     """The directory of a model; of a tiny one a temporary one that holds it."""
     with tempfile.TemporaryDirectory() as work:
         if tiny is not None:
-            write_tiny(tiny, Path(work), seed)
+            write_tiny(tiny, Path(work), seed, device=device)
         yield Path(work) if model is None else Path(model)
 
 
@@ -200,7 +200,7 @@ def measure_model(job: ModelJob, records: list[ModelRecord], tick: Tick = lambda
     variants: list[_Variant] = []
     try:
         tick("writing the tiny model" if o.tiny else "opening the model")
-        with model_path(o.model, o.tiny, o.seed) as path, _on(job.device):
+        with model_path(o.model, o.tiny, o.seed, job.device) as path, _on(job.device):
             for variant in _load(job, path, tick):
                 variants.append(variant)
                 records.append(variant.record)

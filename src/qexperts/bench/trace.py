@@ -138,7 +138,7 @@ def trace_session(options: TraceOptions) -> int:
     tick("loading the model")
     tracer = None
     try:
-        with model_path(o.model, o.tiny, o.seed) as path:
+        with model_path(o.model, o.tiny, o.seed, device) as path:
             model = from_pretrained(path, device_map=device)
             text = read_text(o.text, path, config.get_text_config().vocab_size)
             ids = text.ids[: _fitting(config, o, len(text.ids))]

@@ -112,12 +112,18 @@ def tiny_config(name: str, sizes: Sizes | None = None) -> Any:
     return _CONFIGS[architecture](sizes or own)
 
 
-def write_tiny(name: str, path: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
+def write_tiny(
+    name: str, path: Path, seed: int = 0, sizes: Sizes | None = None, device: torch.device | None = None
+) -> None:
     """Write a bf16 checkpoint of seeded random weights: normal, of variance 1/K, so that activations keep their size
-    and the experts decide what the model says. It has no tokenizer."""
+    and the experts decide what the model says. It has no tokenizer.
+
+    device: what draws them; another kind of device draws other weights. Default: the CPU.
+    """
+    device = device or torch.device("cpu")
     config = tiny_config(name, sizes)
     config.dtype = torch.bfloat16
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type), device:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         for module in model.modules():
