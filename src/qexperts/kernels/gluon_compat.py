@@ -6,9 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["reinterpret", "tma_load"]
+__all__ = ["reinterpret", "thread_barrier", "tma_load"]
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
