@@ -238,7 +238,7 @@ def _consume_unit(
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros((128, BM), gl.float32, MMA)
     flying = gl.zeros((128, 16 if BM == 128 else 32), gl.bfloat16, A)
-    before = xi  # the slot of x that is still read
+    before = xi + 0  # the slot of x that is still read; with xi itself the front end does not carry it from round to round
     mbarrier.wait(w_full.index(wi), wp)
     w0, w1 = _words(ws, wi, 0)
     LW: gl.constexpr = w0.type.layout
