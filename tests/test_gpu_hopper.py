@@ -1,0 +1,49 @@
+"""The Gluon kernel on sm_90, by itself: no backend launches it yet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qexperts import prepare
+from qexperts.backends import Problem
+from qexperts.backends.triton_backend import run_into
+from qexperts.testing import Case, assert_no_worse, make_inputs, nan_filled
+
+pytestmark = pytest.mark.gpu
+
+CASES = [
+    Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, "int4_sym", 128, why="all classes"),
+    Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int4_sym", 128, why="fewer blocks than slots"),
+    Case((7, 40, 0, 20, 129, 250) * 6, 1536, 384, "int4_sym", 128, negative_scales=True, why="units follow each other"),
+    Case((0, 0, 0), 128, 256, "int4_sym", 128, why="no units"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    from qexperts.kernels import hopper_prefill, schedule
+    from qexperts.kernels.operand import operand
+
+    i = make_inputs(case, device, seed=7)
+    weight = prepare(i.weight, keep_source=True)
+    rows, processors = i.x.shape[0], torch.cuda.get_device_properties(device).multi_processor_count
+    if not rows:  # a descriptor needs a row; its counts claim none
+        i = make_inputs(Case((1, 0, 0), case.N, case.K, "int4_sym", 128), device)
+        counts = torch.zeros_like(i.counts)
+    else:
+        counts = i.counts
+    y = nan_filled(i.x.shape[0], case.N, dtype=i.x.dtype, device=device)
+    expected = y.clone()
+    tiles = torch.empty(schedule.size(i.x.shape[0], case.E), dtype=torch.int32, device=device)
+    run_into(Problem.of("test", i.x, weight, phase="prefill"), expected, i.x, weight, counts)
+    for _ in range(3):
+        y.fill_(float("nan"))
+        schedule.launch(tiles, y, counts)
+        hopper_prefill.launch(y, i.x, operand(weight), tiles, case.E, processors)
+        assert torch.equal(y, expected)
+    if rows:
+        assert_no_worse(y, i.oracle, i.peer, case.K)
