@@ -167,8 +167,8 @@ def _producer(
         panel = e * (N // 16) + first_n // 16
         scale_row = e * (N // 8 * (K // 128)) + first_n // 8
         xi, xp, wi, wp = _produce(
-            x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows,
-            panel, scale_row, N, 0, AHEAD, XS, WS,
+            x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
+            rows, panel, scale_row, N, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
         unit = _claim(schedule_ptr, back, units)
