@@ -38,6 +38,7 @@ import torch
 from ..formats import BLOCK, QuantWeight
 from ..kernels_cpu.spec import ISA_VARIABLE, ITEM_ROWS, PANEL, Arg, Kind
 from ..layouts import no_panels
+from ..pages import use_huge_pages
 from ..plan import TokenPlan
 from ..strategies import Step, Take
 from ..workspace import arena
@@ -136,8 +137,6 @@ def no_layout(weight: QuantWeight) -> str | None:
 
 def settle(weight: QuantWeight) -> None:
     """Give a prepared weight the pages that it is read fastest from."""
-    from ..kernels_cpu.pages import use_huge_pages
-
     use_huge_pages(*weight.tensors)
 
 
