@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 import subprocess
 import sys
@@ -548,7 +549,7 @@ def huge_bytes(t: torch.Tensor) -> int:
 
 
 def test_prepared_weights_lie_in_huge_pages() -> None:
-    from qexperts.kernels_cpu.pages import HUGE, use_huge_pages
+    from qexperts.pages import HUGE, use_huge_pages
 
     plain = torch.ones(8 * HUGE, dtype=torch.uint8)
     use_huge_pages(plain)
@@ -560,11 +561,31 @@ def test_prepared_weights_lie_in_huge_pages() -> None:
     prepared = prepare(weight, "cpu")
     assert prepared.weight_layout == cpu_backend.LAYOUT and prepared.codes.data_ptr() == codes.data_ptr()
     assert huge_bytes(prepared.codes) >= prepared.codes.nbytes - 2 * HUGE
-    assert torch.equal(unprepare(prepared).codes, before)
+    public = unprepare(prepared)
+    assert torch.equal(public.codes, before) and huge_bytes(public.codes) >= public.codes.nbytes - 2 * HUGE
+
+
+@pytest.mark.parametrize("fmt", ["int4_asym", "bf16"])
+def test_public_weights_that_we_make_or_hold_lie_in_huge_pages(fmt: str) -> None:
+    from qexperts.layer import QuantExperts
+    from qexperts.pages import HUGE, use_huge_pages
+
+    plain = torch.ones(8 * HUGE, dtype=torch.uint8)
+    use_huge_pages(plain)
+    if huge_bytes(plain) == 0:
+        pytest.skip("this system gives no huge pages")
+    made = quantize(torch.randn(16, 1024, 1024, dtype=torch.bfloat16), fmt)
+    assert huge_bytes(made.codes) >= made.codes.nbytes - 2 * HUGE
+    memory = mmap.mmap(-1, made.codes.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # new, unlike a clone's
+    codes = torch.frombuffer(memory, dtype=torch.uint8).view(made.codes.dtype).view(made.codes.shape).copy_(made.codes)
+    before = huge_bytes(codes)
+    held = QuantExperts(made, made.with_tensors(codes, *made.tensors[1:]), "silu").down
+    assert held.codes.data_ptr() == codes.data_ptr() and torch.equal(held.codes, made.codes)
+    assert huge_bytes(codes) - before >= codes.nbytes - 2 * HUGE
 
 
 def test_what_is_no_whole_huge_page_stays_as_it_is() -> None:
-    from qexperts.kernels_cpu.pages import use_huge_pages
+    from qexperts.pages import use_huge_pages
 
     small, strided = torch.arange(100), torch.arange(2**22).view(2**11, 2**11).mT
     use_huge_pages(small, strided, None, torch.empty(0))

@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "errors",
     "formats",
+    "pages",
     "layouts",
     "quantize",
     "workspace",

@@ -13,6 +13,7 @@ from torch import nn
 from .checks import check_activation_format, check_activations
 from .formats import QuantWeight
 from .ops import grouped_gemm, prepare, traced
+from .pages import use_huge_pages
 from .steps import ACTIVATIONS, KernelSteps, TorchSteps
 
 __all__ = ["ACTIVATIONS", "Activation", "QuantExperts", "QuantProjection", "fused_experts"]
@@ -253,6 +254,7 @@ class QuantProjection(nn.Module):
         self._held: QuantWeight | None = None
         for name in _TENSORS:
             self.register_parameter(name, _frozen(getattr(weight, name)))
+        use_huge_pages(*weight.tensors)
         self.format = weight.format.name
         self.group_size, self.scale_layout = weight.group_size, weight.scale_layout
         self.weight_layout, self.scale_dtype = weight.weight_layout, weight.scale_dtype
@@ -305,7 +307,9 @@ class QuantProjection(nn.Module):
             probe = fn(t.new_empty(0))
             return fn(t) if probe.dtype == t.dtype else t.to(probe.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        use_huge_pages(*self._parameters.values())
+        return self
 
 
 def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:

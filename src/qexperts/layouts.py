@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from .formats import BLOCK, QuantWeight, WeightFormat
+from .pages import use_huge_pages
 
 __all__ = ["no_panels", "no_tiles", "restore", "tile_k", "to_layout"]
 
@@ -70,6 +71,7 @@ def restore(weight: QuantWeight) -> QuantWeight:
     if weight.weight_layout == "public":
         return weight
     codes = torch.empty_like(weight.codes)
+    use_huge_pages(codes)
     permute = from_tiles if weight.weight_layout == "tiles" else from_panels
     for expert in range(weight.E):
         codes[expert] = permute(weight.codes[expert], weight.format)

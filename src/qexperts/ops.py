@@ -68,9 +68,9 @@ def grouped_gemm(
         out: [S, N]; dtype of x; every element is written. Not with gradients.
         backend: "auto" or a name from `qexperts.backends.BACKENDS`.
         phase, decode_threshold: which kernel multiplies, as for `moe`; right for any counts.
-        activation_format: None, or "int8" (less exact, faster; `cpu` backend, integer weights, not traced): x rounded
-            to 127 steps of the largest magnitude of each row and group (256 k where a group is all of K); gradients
-            pass through the rounding.
+        activation_format: None, or "int8" (less exact; `cpu` backend, integer weights, not traced; faster with AVX-512
+            VNNI only, slower without): x rounded to 127 steps of the largest magnitude of each row and group (256 k
+            where a group is all of K); gradients pass through the rounding.
     Returns: [S, N]; dtype of x; fp32 accumulation, rounded once; 0 in rows that belong to no expert.
     Raises: ValueError if arguments disagree; UnsupportedError if no backend can run them.
 

@@ -22,6 +22,7 @@ from .formats import (
     scales_shape,
 )
 from .layouts import restore
+from .pages import use_huge_pages
 
 __all__ = ["dequantize", "dequantize_into", "dequantize_steps", "pack", "quantize", "unpack"]
 
@@ -111,7 +112,8 @@ def quantize(
         group_size: consecutive k that share a scale; divides K. Ignored unless scale_layout is "group".
         scale_layout: "group", "channel", "tensor" or "block128"; the last two for symmetric and fp8 formats.
         scale_dtype: fp16, bf16 or fp32; default the dtype of w.
-    Returns: a `QuantWeight` in the public layout, on the device of w. "bf16" and "fp16" only cast.
+    Returns: a `QuantWeight` in the public layout, on the device of w (on a CPU in huge pages if the system has them).
+        "bf16" and "fp16" only cast.
     Raises: ValueError for sizes or options that do not fit, NaN or Inf (naming the expert), overflowing scales.
 
     Works expert by expert: the extra memory is a few fp32 copies of one [N, K] matrix. Synchronises.
@@ -123,6 +125,7 @@ def quantize(
     e, n, k = w.shape
     check_sizes(where, fmt, n, k)
     codes = torch.empty((e, n, fmt.packed_k(k)), dtype=fmt.storage, device=w.device)
+    use_huge_pages(codes)
     if not fmt.quantized:
         for i in range(e):
             codes[i] = _finite(where, _finite(where, w[i], i).to(fmt.storage), i)
@@ -133,6 +136,7 @@ def quantize(
     shape = scales_shape(scale_layout, e, n, k, group)
     scales = torch.empty(shape, dtype=scale_dtype, device=w.device)
     zeros = torch.empty_like(scales) if fmt.asym else None
+    use_huge_pages(scales, zeros)
     for i in range(e):
         blocks = _to_blocks(_finite(where, w[i], i).float(), scale_layout, group)  # [n1, n2, k1, k2]
         code, scale, zero = _quantize_blocks(blocks, fmt, scale_dtype)

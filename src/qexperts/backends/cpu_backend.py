@@ -38,6 +38,7 @@ import torch
 from ..formats import BLOCK, QuantWeight
 from ..kernels_cpu.spec import ISA_VARIABLE, ITEM_ROWS, PANEL, Arg, Kind
 from ..layouts import no_panels
+from ..pages import use_huge_pages
 from ..plan import TokenPlan
 from ..strategies import Step, Take
 from ..workspace import arena
@@ -54,7 +55,7 @@ LAYOUT = "panels"
 DEVICES = ("cpu",)
 UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
-CHUNK_WORDS = 16  # of a row, gathered at once for few rows: a cache line of each
+GATHERED_BYTES = 2**15  # of public weights that are gathered at once for few rows
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
 _LEAST_ROW_WORDS = 4  # 128 bits, inside which sums are transposed first
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -136,8 +137,6 @@ def no_layout(weight: QuantWeight) -> str | None:
 
 def settle(weight: QuantWeight) -> None:
     """Give a prepared weight the pages that it is read fastest from."""
-    from ..kernels_cpu.pages import use_huge_pages
-
     use_huge_pages(*weight.tensors)
 
 
@@ -228,7 +227,11 @@ def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
 
 
 def _row_words(isa: Any, dot: str, source: str, group_words: int, words: int) -> int:
-    """`Kind.row_words`: only sums of integers are the same in any order; registers and groups must fit each other."""
+    """`Kind.row_words`: only sums of integers are the same in any order; registers and groups must fit each other.
+
+    fp8 and bf16 are gathered into panels: a row as it lies gives a sum for each lane, and panels would give the same
+    fp32 bits only with as many sums for each column, which no kernel has the registers for.
+    """
     if source != "rows" or not dot.startswith("int") or words % max(isa.lanes, group_words):
         return 0
     fits = group_words % isa.lanes == 0 or isa.lanes % group_words == 0
@@ -241,7 +244,7 @@ def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
     k, group = weight.K, _shared_k(weight.scale_layout, weight.group_size, weight.K)
     groups, group_words, words = -(-k // group), group // kind.per_word, k // kind.per_word
     block = min(groups, max(1, UNPACKED_BYTES // (group_words * kind.operands * kind.panels * PANEL * 4)))
-    chunk = min(groups, max(1, CHUNK_WORDS // group_words))
+    chunk = min(groups, max(1, GATHERED_BYTES // (group_words * kind.panels * PANEL * 4)))
     return _Kernel(
         kind=kind,
         run=build.function("run", kind),

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from ..formats import QuantWeight
-from ..kernels_cpu.pages import use_huge_pages
+from ..pages import use_huge_pages
 from ..quantize import unpack
 from ..strategies import Take
 from ..testing import Q8_0_BLOCK, Inputs

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from ..kernels_cpu.pages import use_huge_pages
+from ..pages import use_huge_pages
 from ..strategies import Take
 from ..testing import ErrorReport, Inputs, judge
 from ..workspace import Arena, clear_workspaces
@@ -112,6 +112,7 @@ class _WeightSets:
         while len(self.binders) < count:
             t = self._tensors
             copied = t.weight.with_tensors(*(part.clone() for part in t.weight.tensors))
+            use_huge_pages(*copied.tensors)  # as those that `quantize` returns
             self.binders.append(Binder(self._workload, dataclasses.replace(t, weight=copied)))
         return self.binders[:count]
 

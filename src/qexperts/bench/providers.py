@@ -10,6 +10,7 @@ import torch
 from ..backends import triton_backend
 from ..backends.torch_backend import DenseGemm, DequantGemm, compute_dtype, no_grouped_mm
 from ..ops import grouped_gemm
+from ..pages import use_huge_pages
 from ..plan import TokenPlan
 from ..quantize import dequantize
 from ..strategies import Gemm, Schedule, Strategy, Take
@@ -156,6 +157,7 @@ class TorchProvider:
             w = self._t.weight
             same = not w.format.quantized and w.codes.dtype == self._dtype
             self._dense = w.codes if same else dequantize(w, self._dtype)
+            use_huge_pages(self._dense)  # as quantized weights have them
         return self._dense
 
 

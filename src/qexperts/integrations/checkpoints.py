@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..formats import QuantWeight, check_sizes
+from ..pages import use_huge_pages
 from ..quantize import dequantize
 from .packing import TENSORS, Matrix, concatenate, decode, finish, kind, plain, reorder_rows, required, sort_columns
 from .schemes import Rule, Scheme, make_rules
@@ -314,6 +315,7 @@ class _Stack:
                 name: None if t is None else torch.empty(self.experts, *t.shape, dtype=t.dtype)
                 for name, t in parts.items()
             }
+            use_huge_pages(*self.tensors.values())
         if bias is not None and tuple(bias.shape) != (m.N,):
             raise ValueError(f"{where}: its bias is {tuple(bias.shape)}; expected [N] = ({m.N},).")
         if signature != self.signature:

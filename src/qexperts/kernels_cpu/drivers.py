@@ -26,7 +26,6 @@ from .vectors import I32, I64, Emitter, call_function, device_function, fetch_ad
 __all__ = ["compiled", "write_gemm", "write_pack", "write_run"]
 
 PACK_ROWS = 4  # that a thread packs at once
-GATHER_AHEAD = 32  # words of a row, at least, that are fetched before they are gathered: 128 bytes
 LEVELS = 8  # items of 120 rows and more come first, then 60, 30, ...
 
 
@@ -324,11 +323,9 @@ def _multiply_few_of_panels(kind: Kind, micro: MicroKernels) -> Any:
         for first in range(0, groups, step):
             count, start = min(step, groups - first), first * size
             some = min(count * size, words - start)
-            later = start + max(some, GATHER_AHEAD)
-            following = codes + later * word_step if later < words else ahead + (later - words) * word_step
             gather(a, codes + start * word_step, some, gathered)
             w, panel = gathered - start * 64, some * 64
-            multiply_packed(a, rows, w, panel, following, row, scales, first, count)
+            multiply_packed(a, rows, w, panel, ahead, row, scales, first, count)
 
     return multiply_few
 

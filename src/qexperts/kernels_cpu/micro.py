@@ -349,13 +349,13 @@ class MicroKernels:
     ) -> None:  # fmt: skip
         """At most `direct_rows` rows times some groups of a block of panels; every word is unpacked in registers.
 
-        w, panel: as for `unpack`; ahead: what will be read next, in the order of the source; scales: the totals follow.
+        w, panel: as for `unpack`; ahead: the block that comes next, in the order of the source; scales: the totals
+        follow.
         """
         k = self.k
         x = e.add(e.field(a, Arg.X), e.mul(row, e.field(a, Arg.X_STEP)))
         sums = e.add(e.field(a, Arg.SUMS), e.mul(row, e.field(a, Arg.SUMS_STEP)))
         total = e.add(scales, e.mul(e.field(a, Arg.GROUPS), k.parts * k.panels * 64)) if k.scale else scales
-        first = e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
 
         def multiply(g: Any, products: _Products) -> None:
             start, count = self._words_of(e, a, g)
@@ -363,16 +363,17 @@ class MicroKernels:
             with e.loop(count) as t:
                 place = e.add(start, t)
                 words = [e.load(w, self.words, self._word_place(e, panel, place, j)) for j in range(self.registers)]
-                self._prefetch(e, a, w, panel, ahead, place, first)
+                self._prefetch(e, a, w, panel, ahead, place)
                 found = [self.operand_vectors(e, *pair, products.ways) for pair in zip(words, zeros, strict=True)]
                 for o in range(self.k.operands):
                     products.add([one[o] for one in found], e.mul(place, 4 * self.k.operands), 4 * o)
 
         self._multiply(e, a, (rows, self.k.isa.direct_rows), multiply, (x, sums, scales, total), (first_group, groups))
 
-    def _prefetch(self, e: Emitter, a: Any, w: Any, panel: Any, ahead: Any, place: Any, first: Any) -> None:
+    def _prefetch(self, e: Emitter, a: Any, w: Any, panel: Any, ahead: Any, place: Any) -> None:
         """Have as much fetched as a step of `multiply_packed` reads: what it will read AHEAD words later, at the end
-        of a panel what comes next; for rows, in each 16 steps another line of each row that comes next."""
+        of a panel what comes next; for rows, which are gathered from many places at once, the next block, line by line
+        as it lies."""
         k, b = self.k, e.builder
         if k.source == "panels":
             words, later = e.field(a, Arg.WORDS), e.add(place, AHEAD)
@@ -381,12 +382,8 @@ class MicroKernels:
             for p in range(k.panels):
                 e.prefetch(base, e.add(e.mul(panel, p), e.mul(later, 64)))
         elif k.source == "rows":
-            t = b.sub(place, first)
-            row, line = e.bits(t, "and_", PANEL - 1), e.bits(t, "ashr", 4)
-            step = e.field(a, Arg.CODES_STEP)
-            base = e.add(ahead, e.mul(e.mul(row, k.panels), step), e.mul(line, 64))
             for p in range(k.panels):
-                e.prefetch(base, e.mul(step, p))
+                e.prefetch(ahead, e.add(e.mul(place, 64 * k.panels), 64 * p), near=False)
 
     def multiply_unpacked(
         self, e: Emitter, a: Any, rows: Any, w: Any, x: Any, sums: Any, scales: Any, total: Any, first_group: Any,

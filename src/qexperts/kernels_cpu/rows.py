@@ -21,7 +21,7 @@ from .vectors import I32, Emitter, vector
 
 __all__ = ["RowKernels"]
 
-AHEAD = 4096  # bytes that are fetched before they are read
+AHEAD = 16384  # bytes that are fetched, into the second cache, before they are read
 LINE = 64  # bytes of a cache line
 
 
@@ -89,7 +89,7 @@ class RowKernels:
         for i in range(self._size):
             place = e.add(e.mul(s, self._size * self._bytes), i * self._bytes)
             if i * self._bytes % LINE == 0:
-                e.prefetch(fetched, place)
+                e.prefetch(fetched, place, near=False)
             found = micro.operand_vectors(e, e.load(w, micro.words, place), ways=ways)
             for o, operand in enumerate(found):
                 x_place = e.add(e.mul(place, self._k.operands), o * self._bytes)

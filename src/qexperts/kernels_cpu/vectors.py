@@ -126,12 +126,12 @@ class Emitter:
     def store(self, value: Any, address: Any, offset: Any = 0) -> None:
         self.builder.store(value, self.pointer(address, value.type, offset)).align = 1
 
-    def prefetch(self, address: Any, offset: Any = 0) -> None:
-        """Have a cache line fetched; any address will do."""
+    def prefetch(self, address: Any, offset: Any = 0, near: bool = True) -> None:
+        """Have a cache line fetched, into the first cache if near, else into the second; any address will do."""
         place = self.pointer(address, I8, offset)
         kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(function, [place, *(ir.Constant(I32, i) for i in (0, 3, 1))])
+        self.builder.call(function, [place, *(ir.Constant(I32, i) for i in (0, 3 if near else 2, 1))])
 
     def least(self, a: Any, b: Any) -> Any:
         """The smaller integer."""
