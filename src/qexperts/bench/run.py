@@ -132,9 +132,9 @@ def prepare(options: BenchOptions) -> Job:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot: needs matplotlib; install the bench extra: pip install 'qexperts[bench]'")
         Path(options.plot).mkdir(parents=True, exist_ok=True)
+    threads = [None] if options.threads is None else _integers("--threads", options.threads)
     if options.threads is not None and device.type != "cpu":
         raise ValueError(f"--threads {options.threads}: for CPUs; the device is {device}")
-    threads = [None] if options.threads is None else _integers("--threads", options.threads)
     rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
     writer = RecordWriter(options.save)
     return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, threads, writer)
