@@ -148,7 +148,10 @@ class Launch:
         self._index = device.index
         self._tail = (*sizes, *constants.values())
         self._views = views
-        self._numbers = [_NUMBERS.setdefault(v, len(_NUMBERS)) if isinstance(v, View) else -1 for v in views or ()]
+        # which tensor an argument is of, and the number of the view, if it is one
+        self._read = [
+            (v.tensor, _NUMBERS.setdefault(v, len(_NUMBERS))) if isinstance(v, View) else (v, -1) for v in views or ()
+        ]
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream of the device, which has to be the current one.
@@ -181,16 +184,16 @@ class Launch:
     def _described(self, addresses: tuple[int, ...], encode: Sequence[Any]) -> list[object]:
         """What the driver takes for the tensors at these addresses."""
         found: list[object] = []
-        for i, view in enumerate(self._views or ()):
-            if isinstance(view, int):
-                found.append(addresses[view])
+        for i, (tensor, number) in enumerate(self._read):
+            address = addresses[tensor]
+            if number < 0:
+                found.append(address)
                 continue
-            key = self._numbers[i], addresses[view.tensor]
-            encoded = _ENCODED.get(key)
+            encoded = _ENCODED.get((number, address))
             if encoded is None:
                 if len(_ENCODED) >= _MAX_ENCODED:
                     _ENCODED.clear()
-                encoded = _ENCODED[key] = encode[i](_Placed(view, key[1]))
+                encoded = _ENCODED[number, address] = encode[i](address)
             found += encoded
         return found
 
@@ -244,21 +247,26 @@ def _direct(compiled: Any) -> tuple[Any, tuple[object, ...]]:
 
 
 def _encoders(compiled: Any, call: Any, views: Sequence[View | int]) -> tuple[Any, list[Any]]:
-    """What launches a kernel that takes descriptors, and what makes its arguments of each view.
+    """What launches a kernel that takes descriptors, and for each view, what makes its arguments of an address.
 
     Triton 3.6 wraps the driver's launcher in a function that encodes the descriptors of every call anew; that one is
     taken out, and its encoding kept. Other releases encode at each call.
     """
     if not _TRITON_3_6 or call is compiled.run:
-        return call, [lambda placed: (placed,)] * len(views)
-    encode = importlib.import_module("triton.backends.nvidia.driver").make_tensordesc_arg
+        return call, [functools.partial(_stand_in, view) for view in views]
     metas = iter(compiled.metadata.tensordesc_meta)
-    made = [functools.partial(_encode, encode, next(metas)) if isinstance(v, View) else None for v in views]
+    made = [functools.partial(_encode, v, next(metas)) if isinstance(v, View) else None for v in views]
     return inspect.getclosurevars(call).nonlocals["launcher"], made
 
 
-def _encode(encode: Any, meta: Any, placed: _Placed) -> Sequence[object]:
-    return encode(placed, meta)  # type: ignore[no-any-return]
+def _stand_in(view: View, address: int) -> Sequence[object]:
+    return (_Placed(view, address),)
+
+
+def _encode(view: View, meta: object, address: int) -> Sequence[object]:
+    """What Triton's driver makes of a descriptor: the encoded map, shape and strides."""
+    make = importlib.import_module("triton.backends.nvidia.driver").make_tensordesc_arg
+    return tuple(make(_Placed(view, address), meta))
 
 
 def _watched() -> bool:
