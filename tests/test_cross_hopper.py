@@ -33,9 +33,15 @@ class Placed(torch.Tensor):
         return 16
 
 
-@pytest.mark.parametrize("k", [1536, 3072])
-def test_compiles_for_sm_90(k: int) -> None:
-    w = operand(meta_weight(Build("prefill", k=k)))
+@pytest.mark.parametrize(
+    ("fmt", "k"),
+    [
+        ("int4_sym", 1536), ("int4_sym", 3072), ("int4_asym", 1536), ("int2_sym", 1536), ("int2_asym", 3072),
+        ("int8_sym", 1536), ("int8_asym", 3072), ("fp8_e4m3", 3072), ("fp8_e5m2", 1536),
+    ],
+)  # fmt: skip
+def test_compiles_for_sm_90(fmt: str, k: int) -> None:
+    w = operand(meta_weight(Build("prefill", format=fmt, k=k)))
     w = w._replace(w=w.w.as_subclass(Placed), s=w.s.as_subclass(Placed))
     x = torch.empty(4096, k, dtype=torch.bfloat16, device="meta").as_subclass(Placed)
     y = torch.empty(4096, w.N, dtype=torch.bfloat16, device="meta")

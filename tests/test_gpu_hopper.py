@@ -1,4 +1,4 @@
-"""The Gluon kernel on sm_90, by itself: no backend launches it yet."""
+"""The Gluon kernel on sm_90, by itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from qexperts.testing import Case, assert_no_worse, make_inputs, nan_filled
 
 pytestmark = pytest.mark.gpu
 
+FORMATS = [
+    "int4_sym", "int4_asym", "int2_sym", "int2_asym", "int8_sym", "int8_asym", "fp8_e4m3", "fp8_e5m2",
+]  # fmt: skip
 CASES = [
-    Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, "int4_sym", 128, why="all classes"),
+    *(Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, 128, why="all classes") for fmt in FORMATS),
+    *(Case((7, 40, 20, 129), 128, 512, fmt, 256, why="two blocks share a scale") for fmt in FORMATS),
+    *(Case((7, 40, 20, 129), 128, 384, fmt, None, why="one scale a row") for fmt in FORMATS),
     Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int4_sym", 128, why="fewer blocks than slots"),
+    Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int8_sym", 128, why="fewer blocks than slots"),
     Case((7, 40, 0, 20, 129, 250) * 6, 1536, 384, "int4_sym", 128, negative_scales=True, why="units follow each other"),
     Case((0, 0, 0), 128, 256, "int4_sym", 128, why="no units"),
 ]
@@ -42,7 +48,7 @@ def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
     run_into(Problem.of("test", i.x, weight, phase="prefill"), expected, i.x, weight, counts)
     for _ in range(3):
         y.fill_(float("nan"))
-        schedule.launch(tiles, y, counts)
+        schedule.launch(tiles, y, counts, split=False)
         hopper_prefill.launch(y, i.x, operand(weight), tiles, case.E, processors)
         assert torch.equal(y, expected)
     if rows:

@@ -54,7 +54,7 @@ def case(*rows: int, n: int = 384, k: int = 1536, fmt: str = "int4_sym", why: st
     ],
     ids=str,
 )
-@pytest.mark.parametrize("fmt", hopper_backend.FORMATS)
+@pytest.mark.parametrize("fmt", hopper_backend.FASTER)
 def test_bits_and_oracle(fmt: str, which: Case, phase: str, device: torch.device) -> None:
     i, weight = made(dataclasses.replace(which, format=fmt), device)
     y = run(i, weight, phase)
@@ -173,8 +173,8 @@ def test_strategies(strategy: str, device: torch.device) -> None:
     def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, -1 if dtype == torch.int32 else float("nan"), dtype=dtype, device=device)
 
-    tables = None if schedule.grouped else triton_backend.TileTables(schedule, weight.E)
-    gemm = triton_backend.PackedGemm(weight, take, tables, "prefill", hopper_backend.bind_prefill)
+    tables = None if schedule.grouped else triton_backend.TileTables(schedule, weight.E, split=False)
+    gemm = triton_backend.PackedGemm(weight, take, tables, "prefill", hopper_backend.PREFILL)
     out = None if schedule.grouped else take((i.x.shape[0], weight.N), i.x.dtype)
     call = schedule.bind(i.x, gemm, out, take)
     expected = run(i, weight, "prefill", "triton")

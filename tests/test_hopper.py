@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,13 +48,15 @@ def sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"weight_layout": "panels"}, "reads prepared weights only: prepare() them"),
         ({"N": 192}, "N=192 K=384 are not multiples of 128"),
         ({"K": 192}, "N=256 K=192 are not multiples of 128"),
-        ({"group_size": 64}, "group_size=64; it has kernels for 128"),
-        ({"group_size": None, "scale_layout": "tensor"}, "group_size=None; it has kernels for 128"),
+        ({"group_size": 64}, "group_size=64; it has kernels for K and multiples of 128"),
+        ({"group_size": 384}, None),
+        ({"K": 512, "group_size": 256}, None),
+        ({"group_size": None, "scale_layout": "tensor"}, None),
         ({"dtype": torch.float16}, "takes bfloat16 activations, with scales in bfloat16"),
         ({"scale_dtype": torch.float32}, "takes bfloat16 activations, with scales in bfloat16"),
         ({"wide": True}, "and returns bfloat16"),
-        ({"format": FORMATS["bf16"], "group_size": None}, "not for bf16"),
-        ({"format": FORMATS["fp8_e5m2"]}, "not for fp8_e5m2"),
+        ({"format": FORMATS["bf16"], "group_size": None}, "has kernels for quantized weights"),
+        ({"format": FORMATS["fp8_e5m2"]}, None),
         ({"backward": True}, "gradients run on the torch backend"),
         ({"activation_format": "int8"}, "does not quantize activations to int8"),
         ({"E": triton_backend.MAX_EXPERTS + 1}, "experts"),
@@ -92,7 +93,7 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"phase": "auto"}, "hopper"),
         ({"phase": "decode"}, "triton"),
         ({"weight_layout": "public"}, "triton"),
-        ({"format": FORMATS["int4_asym"]}, "triton"),
+        ({"format": FORMATS["int4_asym"]}, "hopper"),
         ({"N": 192}, "triton"),
     ],
     ids=str,
@@ -113,7 +114,7 @@ def test_auto_takes_it_where_it_is_faster_and_loses_nothing_elsewhere(
 def test_a_format_that_was_not_measured_to_be_faster_is_left_to_triton(
     sm_90: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hopper_backend, "FORMATS", ("int4_sym", "int4_asym"))
+    monkeypatch.setattr(hopper_backend, "FASTER", ("int4_sym",))
     problem = dataclasses.replace(TAKEN, format=FORMATS["int4_asym"])
     assert select(problem).name == "triton" and select(problem, "hopper").name == "hopper"
 
@@ -233,8 +234,11 @@ def test_the_two_backends_bind_calls_of_their_own(sm_90: None, monkeypatch: pyte
     a, b = (BACKENDS[name].bind for name in ("hopper", "triton"))
     assert a and b and a(problem, weight) is a(problem, weight) is not b(problem, weight)
     launched: list[Any] = []
-    bound = SimpleNamespace(prefill=lambda *given: launched.append(given[0].shape) or (lambda *tensors: None))
-    call = triton_backend.bind(problem, weight, bound.prefill)
+    other = triton_backend.PrefillKernel(
+        lambda *given: launched.append(given[0].shape) or (lambda *tensors: None),  # type: ignore[func-returns-value]
+        split=False,
+    )
+    call = triton_backend.bind(problem, weight, other)
     monkeypatch.setattr(schedule, "bind", lambda *given: lambda *tensors: None)
     y = call(i.x, weight.codes, weight.scales, weight.zeros, i.counts)
     assert launched == [y.shape]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "DEVICES", "LAYOUT", "BindPrefill", "BoundCall", "PackedGemm", "TileTables", "bind", "bind_prefill",
+    "DEVICES", "LAYOUT", "PREFILL", "BoundCall", "PackedGemm", "PrefillKernel", "TileTables", "bind", "bind_prefill",
     "decode_config_of", "describe", "interpreted", "no_device", "no_layout", "permuted", "prefill_config_of",
     "processors", "run", "run_into", "supports",
 ]  # fmt: skip
@@ -116,7 +116,18 @@ def no_layout(weight: QuantWeight) -> str | None:
 
 
 Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
-BindPrefill = Callable[[torch.Tensor, torch.Tensor, Any, int], Callable[..., None]]  # see `bind_prefill`
+
+
+class PrefillKernel(NamedTuple):
+    """A grouped GEMM for prefills; all have the same bits.
+
+    Attributes:
+        bind: see `bind_prefill`.
+        split: whether its tile schedules split what remains of an expert, see `schedule.py`.
+    """
+
+    bind: Callable[[torch.Tensor, torch.Tensor, Any, int], Callable[..., None]]
+    split: bool
 
 
 def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
@@ -141,11 +152,11 @@ def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Call
     return prefill.bind(y, x, w, experts, c, c.programs_per_sm * processors(y.device), _path(y.device))
 
 
-def bind(problem: Problem, weight: QuantWeight, prefill: BindPrefill = bind_prefill) -> BoundCall:
-    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone.
+PREFILL = PrefillKernel(bind_prefill, split=True)
 
-    prefill: another grouped GEMM for prefills, of the same bits.
-    """
+
+def bind(problem: Problem, weight: QuantWeight, prefill: PrefillKernel = PREFILL) -> BoundCall:
+    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone."""
     from ..kernels.operand import operand
 
     w = operand(weight)
@@ -167,7 +178,7 @@ class BoundCall:
     """A `Call` for one kind of weight and activations. What depends on S is planned once for each S; no tensor is
     kept alive."""
 
-    def __init__(self, problem: Problem, w: Any, prefill: BindPrefill) -> None:
+    def __init__(self, problem: Problem, w: Any, prefill: PrefillKernel) -> None:
         device = problem.device
         self._prefill = prefill
         self._n, self._wide = w.N, problem.wide
@@ -299,7 +310,6 @@ class _Prefill:
     Args:
         w: a weight, without its tensors.
         condition: 0 always, 2 if some expert has more than limit rows.
-        prefill: binds the grouped GEMM.
     """
 
     def __init__(
@@ -310,15 +320,15 @@ class _Prefill:
         counts: torch.Tensor,
         limit: int,
         condition: int,
-        prefill: BindPrefill,
+        prefill: PrefillKernel,
     ) -> None:
         from ..kernels import schedule
 
         experts = counts.shape[0]
         self._size = schedule.size(x.shape[0], experts)
-        self._schedule = schedule.bind(y, counts, limit, condition)
+        self._schedule = schedule.bind(y, counts, limit, condition, prefill.split)
         x, self._permute = _permutation(x, w)
-        self._prefill = prefill(y, x, w, experts)
+        self._prefill = prefill.bind(y, x, w, experts)
 
     def __call__(
         self,
@@ -378,9 +388,12 @@ class TileTables:
     """Tile schedules of a strategy's launches, made once for given counts: of the batch, then of each single expert.
 
     Host work and a launch for each: planning, as the kernels' own schedule is for `grouped`.
+
+    Args:
+        split: see `PrefillKernel`.
     """
 
-    def __init__(self, schedule: Schedule, experts: int) -> None:
+    def __init__(self, schedule: Schedule, experts: int, split: bool = True) -> None:
         from ..kernels import schedule as tiles
 
         device, batch = schedule.plan.device, schedule.batch
@@ -396,7 +409,8 @@ class TileTables:
         self.lengths = [-(-tiles.size(*shape) // 4) * 4 for shape in shapes]
         self.fresh = torch.empty(sum(self.lengths), dtype=torch.int32, device=device)
         for table, counts, (s, _) in zip(self.fresh.split(self.lengths), self.counts, shapes, strict=True):
-            tiles.launch(table, self.fresh[:1].expand(s, 1), counts)  # the counts add up to s: no result is zeroed
+            # the counts add up to s: no result is zeroed
+            tiles.launch(table, self.fresh[:1].expand(s, 1), counts, split=split)
 
 
 class PackedGemm:
@@ -409,7 +423,6 @@ class PackedGemm:
         weight: of the backend's layout, or public: x is then what `permuted` makes of it.
         tables: of the schedule that is bound; None for `grouped`.
         phase: "prefill", or "decode": the kernel for few rows.
-        prefill: binds the grouped GEMM of a prefill.
     """
 
     def __init__(
@@ -418,7 +431,7 @@ class PackedGemm:
         take: Take,
         tables: TileTables | None,
         phase: str = "prefill",
-        prefill: BindPrefill = bind_prefill,
+        prefill: PrefillKernel = PREFILL,
     ) -> None:
         self._weight, self._take, self._phase, self._prefill = weight, take, phase, prefill
         self._counts = [] if tables is None else tables.counts
@@ -445,7 +458,7 @@ class PackedGemm:
         else:
             s, experts = x.shape[0], plan.num_experts
             table, counts = self._take((schedule.size(s, experts),), torch.int32), plan.counts
-            make = schedule.bind(y, counts)
+            make = schedule.bind(y, counts, split=self._prefill.split)
             steps = [Step("schedule", lambda: make(table, y, counts))]
             steps.append(self._prefill_step(x, self._weight, y, table))
         last = steps[-1]
@@ -467,7 +480,7 @@ class PackedGemm:
         from ..kernels.operand import operand
 
         w = operand(weight)
-        launch = self._prefill(out, x, w, weight.E)
+        launch = self._prefill.bind(out, x, w, weight.E)
         return Step("gemm", lambda: launch(out, x, w.w, w.s, w.z, table))
 
     def _decode_steps(

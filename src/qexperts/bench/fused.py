@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 
@@ -96,7 +97,7 @@ class FusedProvider(PackedProvider):
             return None
 
         def plan() -> None:
-            self._tables(self._schedule(strategy))
+            self._tables(self._schedule(strategy), GPU_BACKENDS[self._backend(candidate)])
 
         return plan
 
@@ -112,8 +113,8 @@ class FusedProvider(PackedProvider):
         x, permute = self._t.x, None
         if candidate.phase == "prefill":
             x, permute = triton_backend.permuted(weight, x, take)
-        tables, phase = self._tables(schedule), candidate.phase or "prefill"
-        gemm = triton_backend.PackedGemm(weight, take, tables, phase, backend.bind_prefill)
+        tables, phase = self._tables(schedule, backend), candidate.phase or "prefill"
+        gemm = triton_backend.PackedGemm(weight, take, tables, phase, backend.PREFILL)
         out = None if schedule.grouped else take((x.shape[0], weight.N), x.dtype)
         bound = schedule.bind(x, gemm, out, take)
         counts = bound.counts + Counter([permute.kind] if permute else [])
@@ -133,9 +134,10 @@ class FusedProvider(PackedProvider):
 
         return Bound(run, Counter(), None, uses_scratch=False, config=config)
 
-    def _tables(self, schedule: Schedule) -> triton_backend.TileTables | None:
+    def _tables(self, schedule: Schedule, backend: ModuleType) -> triton_backend.TileTables | None:
         """None for one grouped launch: its schedule is made on the device, inside the clock."""
-        return None if schedule.grouped else triton_backend.TileTables(schedule, self._t.weight.E)
+        split = backend.PREFILL.split
+        return None if schedule.grouped else triton_backend.TileTables(schedule, self._t.weight.E, split)
 
 
 def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:

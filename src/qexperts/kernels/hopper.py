@@ -6,6 +6,7 @@ import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_prefill
+from .dequant import code_bits
 from .launcher import Launch, Launcher, View
 from .operand import Operand
 
@@ -45,6 +46,6 @@ def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E
     )
 
 
-def describe() -> str:
+def describe(fmt: str) -> str:
     """What is as the tile sizes of `config.py` are to `prefill.py`."""
-    return f"Gluon(x_slots={hopper_prefill.X_SLOTS}, w_slots={hopper_prefill.W_SLOTS})"
+    return "Gluon(x_slots={}, w_slots={})".format(*hopper_prefill.SLOTS[code_bits(fmt)])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,7 +31,7 @@ from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
 from .operand import Operand
 
-__all__ = ["REGISTERS", "arguments", "constants", "hopper_kernel", "launch", "unsupported"]
+__all__ = ["REGISTERS", "arguments", "constants", "hopper_kernel", "launch"]
 
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
 INFOS = 4  # more than the units that the producer may be ahead
@@ -450,19 +449,6 @@ def hopper_kernel(
     )  # fmt: skip
 
 
-def unsupported(w: Operand, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not take a weight and activations of a dtype, or None."""
-    if w.layout not in ("tiles", "tiles128"):
-        return "reads prepared weights only"
-    if dtype != torch.bfloat16 or w.scale != tl.bfloat16:
-        return "takes bf16 activations and bf16 scales"
-    if w.N % 128 or w.K % 128:
-        return f"N={w.N} and K={w.K} have to be multiples of 128"
-    if w.group % 128 or (w.group and w.K % w.group):
-        return f"group_size={w.group}; it has to be K or a multiple of 128"
-    return None
-
-
 def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int) -> tuple[object, ...]:
     """The kernel's arguments before its constants."""
 
@@ -500,5 +486,8 @@ def constants(w: Operand) -> dict[str, object]:
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
-    """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, fresh: the counters in it are used up."""
+    """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
+
+    bf16 activations and scales; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
+    """
     hopper_kernel[(2 * processors,)](*arguments(y, x, w, schedule, E), **constants(w), num_warps=4, maxnreg=REGISTERS)
