@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qexperts import prepare
+from qexperts import prepare, quantize
 from qexperts.backends import Problem
 from qexperts.backends.triton_backend import run_into
 from qexperts.testing import Case, assert_no_worse, make_inputs, nan_filled
@@ -53,3 +53,31 @@ def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
         assert torch.equal(y, expected)
     if rows:
         assert_no_worse(y, i.oracle, i.peer, case.K)
+
+
+@pytest.mark.parametrize("rows", [(128, 64), (128, 16), (128,), (300, 100, 40, 20, 5)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bits_where_the_machine_is_full(fmt: str, rows: tuple[int, ...]) -> None:
+    """Consumers that fall behind their producer: a slot that is freed too early shows only here."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    from qexperts.kernels import hopper_prefill, schedule
+    from qexperts.kernels.operand import operand
+
+    experts, n, k = 128, 1536, 1536
+    counts = torch.tensor((rows * experts)[:experts], dtype=torch.int32, device=device)
+    total = int(counts.sum())
+    generator = torch.Generator(device).manual_seed(5)
+    w = torch.randn(experts, n, k, dtype=torch.bfloat16, device=device, generator=generator)
+    x = torch.randn(total, k, dtype=torch.bfloat16, device=device, generator=generator)
+    weight = prepare(quantize(w, fmt, group_size=128))
+    expected = nan_filled(total, n, dtype=x.dtype, device=device)
+    run_into(Problem.of("test", x, weight, phase="prefill"), expected, x, weight, counts)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = torch.empty(schedule.size(total, experts), dtype=torch.int32, device=device)
+    for _ in range(10):
+        y = nan_filled(total, n, dtype=x.dtype, device=device)
+        schedule.launch(tiles, y, counts, split=False)
+        hopper_prefill.launch(y, x, operand(weight), tiles, experts, processors)
+        assert torch.equal(y, expected)

@@ -323,6 +323,8 @@ def _consume_unit(
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
         acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1), block, 1, A)
+        fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
+        thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
         mbarrier.arrive(x_empty.index(before), count=1, pred=k > 0)
         wi, wp = _next(wi, wp, WS)
