@@ -48,6 +48,7 @@ class Launcher:
         constants: dict[str, object],
         warps: int,
         what: str,
+        registers: int | None = None,
     ) -> Launch:
         """A launch for tensors on a device.
 
@@ -57,9 +58,11 @@ class Launcher:
             sizes: the arguments between the tensors and the constants, in order.
             constants: the constants (tl.constexpr), in order.
             what: the kernel is compiled for, for error messages.
+            registers: of a thread at most; None: as the compiler likes.
         """
         known = self._known.setdefault((device, key), {})
-        return Launch(self, known, device, grid, sizes, constants, {"num_warps": warps}, what)
+        options = {"num_warps": warps} if registers is None else {"num_warps": warps, "maxnreg": registers}
+        return Launch(self, known, device, grid, sizes, constants, options, what)
 
 
 class Launch:

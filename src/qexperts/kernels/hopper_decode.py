@@ -1,0 +1,547 @@
+"""Few rows per expert on sm_90: y[r] = x[r] @ dequantize(w)[expert(r)].T, bound by reading the weights.
+
+The work is a list: for every block of at most 8 rows of one expert the panels of its weight, 16 rows x K each. A program
+takes an equal and consecutive share of the list, which it finds from the counts itself, so that every multiprocessor
+reads from the start to the end. Its warps share the K of a panel and add their parts in a fixed order.
+
+A part of x stays in registers, as right operands of m16n8k16; any order of k is free there. Words of the weight come
+from memory to the registers of the lane that needs them, several tiles ahead. A code is a matrix operand as it is:
+
+    the lowest 8 bits of a bf16 (16 bits of an fp16, as far as its codes reach) count from 0 in steps of 2^-133 (2^-24)
+
+so a field of a word needs a mask and no more. Where it starts above bit 0 of its byte, x is that much smaller instead,
+and all of x is 2^64 times too large, to stay away from the end of the range: |x| < 2^63. A group's sum takes the scale,
+and the zero point times the sum of x, which the same instructions make of codes that are all 1: fp32 throughout.
+
+Weights in "tiles" (`tile.py`). Glossary: q, lh lane 4 lh + q of a fragment: row lh and lh + 8 of a panel, columns 2 q
+and 2 q + 1; J words of a lane in a block of 64 k; V words of a lane in a row of a tile; unit: k of a tile that share
+a scale; s, h: see `dequant.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..formats import FORMATS
+from .dequant import code_bits, is_asym
+from .launcher import Launch, Launcher
+from .operand import Operand
+
+__all__ = ["HopperDecodeConfig", "bind", "config", "hopper_decode_kernel", "launch", "unfit"]
+
+
+@triton.constexpr_function
+def _is_fp8(fmt: str) -> bool:
+    return fmt.startswith("fp8")
+
+
+@triton.constexpr_function
+def _offset(fmt: str) -> int:
+    """What symmetric codes are stored above zero after a flip of their sign bit."""
+    return 0 if is_asym(fmt) or _is_fp8(fmt) else 1 << (code_bits(fmt) - 1)
+
+
+@triton.constexpr_function
+def _ones(fmt: str) -> int:
+    """A word of codes that are 1 above the lowest, as i32."""
+    bits = code_bits(fmt)
+    word = (1 ^ _offset(fmt)) * (0xFFFFFFFF // ((1 << bits) - 1))
+    return word - (1 << 32) * (word >> 31)
+
+
+@triton.constexpr_function
+def _place(fmt: str, bf16: bool, field: int) -> int:
+    """The bit of the operand at which field (s, h) of a word is left."""
+    return code_bits(fmt) * field % 8 if bf16 and not _is_fp8(fmt) else 0
+
+
+@triton.constexpr_function
+def _exponent(fmt: str, bf16: bool) -> int:
+    """Sums are this power of two too small."""
+    if bf16:
+        return {"fp8_e4m3": 120, "fp8_e5m2": 112}.get(fmt, 133) - 64
+    return {"fp8_e4m3": 8, "fp8_e5m2": 0}.get(fmt, 24)
+
+
+@triton.constexpr_function
+def _extract(fmt: str, bf16: bool, field: int, source: str, out: str) -> str:
+    """Field (s, h) of a word -> matrix operand."""
+    bits = code_bits(fmt)
+    if _is_fp8(fmt):
+        shift, mask = {"fp8_e4m3": (4, 0x07F0), "fp8_e5m2": (3, 0x0FE0)}[fmt] if bf16 else (1, 0x3F80)
+        lines = f"mov.b32 m, {source};" if field else f"shl.b32 m, {source}, 8;"
+        if fmt == "fp8_e5m2" and not bf16:
+            return lines + f"and.b32 {out}, m, 0xff00ff00;"
+        lines += f"and.b32 r, m, 0x80008000; shr.u32 m, m, {shift};"
+        return lines + f"lop3.b32 {out}, m, {mask * 0x10001:#x}, r, 0xea;"  # (a & b) | c
+    low = _place(fmt, bf16, field)
+    mask, flip = ((1 << bits) - 1) << low, _offset(fmt) << low
+    return (
+        f"shr.u32 m, {source}, {bits * field - low};"
+        f"lop3.b32 {out}, m, {mask * 0x10001:#x}, {flip * 0x10001:#x}, 0x6a;"  # (a & b) ^ c
+    )
+
+
+@triton.constexpr_function
+def _multiply_asm(fmt: str, bf16: bool, words: int, first: int, steps: int) -> str:
+    """c + codes @ x over some steps of 16 k of a tile.
+
+    $0..3 the sums; from $4: words of row lh, of row lh + 8, two registers of x a step, c.
+    """
+    per = 8 // code_bits(fmt)  # steps in a word
+    x, c = 4 + 2 * words, 4 + 2 * words + 2 * steps
+    kind = "bf16" if bf16 else "f16"
+    lines = [".reg .b32 m, r, a<4>; .reg .f32 d<4>;"]
+    lines += [f"mov.b32 d{i}, ${c + i};" for i in range(4)]
+    for i in range(steps):
+        word, field = 4 + (first + i) // per, (first + i) % per * 2
+        for h in range(2):
+            lines += [_extract(fmt, bf16, field + h, f"${word + row * words}", f"a{2 * h + row}") for row in range(2)]
+        lines.append(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{d0, d1, d2, d3}}, {{a0, a1, a2, a3}}, "
+            f"{{${x + 2 * i}, ${x + 2 * i + 1}}}, {{d0, d1, d2, d3}};"
+        )
+    lines += [f"mov.b32 ${i}, d{i};" for i in range(4)]
+    return "{" + "\n".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _multiply_constraints(words: int, steps: int) -> str:
+    return ",".join(["=f"] * 4 + ["r"] * (2 * words + 2 * steps) + ["f"] * 4)
+
+
+@triton.constexpr_function
+def _lane_k(fmt: str, unit: int, step: int, h: int) -> int:
+    """The k of half a step of a tile, beside what depends on the lane alone."""
+    words, per = code_bits(fmt) // 2, 8 // code_bits(fmt)
+    if unit < 128:
+        return 16 * step + 8 * h
+    word = step // per  # lane q has the words of lanes 2 q % 4 and 2 q % 4 + 1 of block q // 2
+    return 2 * (word // words) + 16 * (word % words * per + step % per) + 8 * h
+
+
+@triton.constexpr_function
+def _enlarge_asm(fmt: str, step: int, h: int) -> str:
+    """A pair of bf16, smaller as the field is higher, times 2^64."""
+    field = (16 * step + 8 * h) // 8 % (16 // code_bits(fmt))
+    factor = (127 + 64 - _place(fmt, True, field)) << 7
+    return f"{{.reg .b32 f, none; mov.b32 f, {factor * 0x10001:#x}; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, f, none;}}"
+
+
+@triton.constexpr_function
+def _part_layout(parts: int) -> gl.DistributedLinearLayout:
+    """[parts, 128] sums of a panel, the last as (lh, q, row / 8, column % 2): a warp has whole rows of the result."""
+    register = [[1 << i, 0] for i in range(parts.bit_length() - 1)]
+    q, warp = [[0, 4], [0, 8]], [[0, 0]] * (parts.bit_length() - 1)
+    warp[: len(q)] = q[: len(warp)]
+    register += q[len(warp) :]
+    return gl.DistributedLinearLayout(
+        register, [[0, 16], [0, 32], [0, 64], [0, 2], [0, 1]], warp, [], [parts, 128]
+    )
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _experts(counts_ptr, S, E, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+    """First row of each expert, where its rows end, and blocks of 8 rows before the next expert's: [BLOCK_E]; i32.
+
+    Negative counts count as 0; rows at or past S do not count. WIDE_SUM: sums take 64 bits.
+    """
+    offs_e = gl.arange(0, BLOCK_E, LAYOUT)
+    counts = gl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
+    rows = gl.minimum(gl.maximum(counts, 0), S)
+    rows = rows.to(gl.int64 if WIDE_SUM else gl.int32)
+    sums = gl.associative_scan(rows, 0, _add)
+    start, stop = gl.minimum(sums - rows, S).to(gl.int32), gl.minimum(sums, S).to(gl.int32)
+    return start, stop, gl.associative_scan((stop - start + 7) // 8, 0, _add)
+
+
+@gluon.jit
+def _find(start, stop, ends, block, LAYOUT: gl.constexpr):
+    """The expert of a block of rows, its first row and number of rows."""
+    offs_e = gl.arange(0, start.shape[0], LAYOUT)
+    before = ends - (stop - start + 7) // 8
+    here = (before <= block) & (block < ends)
+    row = gl.sum(gl.where(here, start + (block - before) * 8, 0), 0)
+    rows = gl.sum(gl.where(here, stop, 0), 0) - row
+    return gl.sum(gl.where(here, offs_e, 0), 0), row, gl.minimum(rows, 8)
+
+
+@gluon.jit
+def _split(t, V: gl.constexpr, LANES: gl.constexpr):
+    """[T, V] -> V tensors [T]."""
+    if V == 1:
+        out = (gl.reshape(t, (t.shape[0],)),)
+    elif V == 2:
+        out = gl.split(t)
+    else:
+        even, odd = gl.split(gl.reshape(t, (t.shape[0], 2, 2)))
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+        out = (a, b, c, d)
+    trivial = ()
+    for i in gl.static_range(V):
+        trivial = trivial + (gl.convert_layout(out[i], LANES, assert_trivial=True),)
+    return trivial
+
+
+@gluon.jit
+def _words(ptrs, mask, V: gl.constexpr, LANES: gl.constexpr):
+    """V words in a row for every lane."""
+    L: gl.constexpr = gl.BlockedLayout([1, V], [32, 1], [LANES.warps_per_cta[0], 1], [1, 0])
+    ptrs = gl.expand_dims(gl.convert_layout(ptrs, gl.SliceLayout(1, L), assert_trivial=True), 1)
+    ptrs = ptrs + gl.arange(0, V, gl.SliceLayout(0, L))[None, :]
+    mask = gl.expand_dims(gl.convert_layout(mask, gl.SliceLayout(1, L), assert_trivial=True), 1)
+    return _split(gl.load(ptrs, mask=mask, other=0), V, LANES)
+
+
+@gluon.jit
+def _load(
+    w_ptrs, s_ptrs, z_ptrs, part, panel, tile: gl.constexpr, mask,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, LANES: gl.constexpr,
+):  # fmt: skip
+    """What a lane needs of tile `tile` of its part of a panel: words of row lh, of row lh + 8, and of each unit the
+    scales of both, and zeros if they are apart."""
+    J: gl.constexpr = code_bits(FORMAT) // 2
+    V: gl.constexpr = TILE_K // 64 * J
+    UNIT: gl.constexpr = TILE_K if GROUP == 0 or GROUP > TILE_K else GROUP
+    if part.shape[0] // 32 * TILES * TILE_K != K:
+        mask = mask & (part * TILES + tile < K // TILE_K)
+    w_ptrs += panel * (K // TILE_K * 64 * V) + tile * (64 * V)
+    out = ()
+    for row in gl.static_range(2):
+        if UNIT < TILE_K and TILE_K == 128:  # a block of 64 k may have a scale of its own
+            out = out + _words(w_ptrs + row * 32 * V, mask, J, LANES)
+            out = out + _words(w_ptrs + row * 32 * V + 4 * J, mask, J, LANES)
+        else:
+            out = out + _words(w_ptrs + row * 32 * V, mask, V, LANES)
+    for unit in gl.static_range(TILE_K // UNIT):
+        if GROUP == 0:
+            offs = panel * 16
+        elif GROUP == TILE_K or UNIT < TILE_K:
+            offs = part * (TILES * TILE_K // UNIT * N) + (tile * (TILE_K // UNIT) + unit) * N + panel * 16
+        else:
+            offs = ((part * TILES + tile) * TILE_K // GROUP) * N + panel * 16
+        for row in gl.static_range(2):
+            out = out + (gl.load(s_ptrs + offs + 8 * row, mask=mask, other=0),)
+        if SCALE == gl.float32 and is_asym(FORMAT):
+            for row in gl.static_range(2):
+                out = out + (gl.load(z_ptrs + offs + 8 * row, mask=mask, other=0),)
+    return out
+
+
+@gluon.jit
+def _scale(word, SCALE: gl.constexpr):
+    """A loaded scale, or what stands beside it in a word shifted down: f32."""
+    if SCALE == gl.float32:
+        v = word.to(gl.float32)
+    elif SCALE == gl.bfloat16:
+        v = (word << 16).to(gl.float32, bitcast=True)
+    else:
+        v = word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return v
+
+
+@gluon.jit
+def _zero(word, SCALE: gl.constexpr):
+    """The zero point in the high half of a word: f32."""
+    if SCALE == gl.bfloat16:
+        v = (word & -65536).to(gl.float32, bitcast=True)
+    else:
+        v = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return v
+
+
+@gluon.jit
+def _multiply(
+    words, x, c, FORMAT: gl.constexpr, DTYPE: gl.constexpr, V: gl.constexpr, FIRST: gl.constexpr, STEPS: gl.constexpr
+):
+    ASM: gl.constexpr = _multiply_asm(FORMAT, DTYPE == gl.bfloat16, V, FIRST, STEPS)
+    CONSTRAINTS: gl.constexpr = _multiply_constraints(V, STEPS)
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, words + x + c, (gl.float32, gl.float32, gl.float32, gl.float32), True, 1
+    )
+
+
+@gluon.jit
+def _load_x(
+    x_ptrs, mask, part, K: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, UNIT: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """Right operands of a part: a tuple of two registers for each step of 16 k."""
+    x = ()
+    for tile in gl.static_range(TILES):
+        wanted = mask
+        if part.shape[0] // 32 * TILES * TILE_K != K:
+            wanted = mask & (part * TILES + tile < K // TILE_K)
+        for step in gl.static_range(TILE_K // 16):
+            for h in gl.static_range(2):
+                pair = gl.load(x_ptrs + (tile * TILE_K + _lane_k(FORMAT, UNIT, step, h)) // 2, mask=wanted, other=0)
+                if DTYPE == gl.bfloat16:
+                    pair = gl.inline_asm_elementwise(_enlarge_asm(FORMAT, step, h), "=r,r", [pair], gl.int32, True, 1)
+                x = x + (pair,)
+    return x
+
+
+@gluon.jit
+def _sums(
+    x, like, FORMAT: gl.constexpr, DTYPE: gl.constexpr, UNIT: gl.constexpr, V: gl.constexpr, TILES: gl.constexpr,
+    TILE_K: gl.constexpr,
+):  # fmt: skip
+    """-offset times the sums of x over each unit, or -1 times for asymmetric formats: two columns each."""
+    sums = ()
+    STEPS: gl.constexpr = UNIT // 16
+    if not _is_fp8(FORMAT):
+        one = like * 0 + _ones(FORMAT)
+        zero = (like * 0).to(gl.float32)
+        FACTOR: gl.constexpr = -1.0 if is_asym(FORMAT) else -1.0 * _offset(FORMAT)
+        words = ()
+        for _i in gl.static_range(2 * V):
+            words = words + (one,)
+        for unit in gl.static_range(TILES * TILE_K // UNIT):
+            part = x[unit * 2 * STEPS : (unit + 1) * 2 * STEPS]
+            a, b, _c, _d = _multiply(
+                words, part, (zero, zero, zero, zero), FORMAT, DTYPE, V, unit % (TILE_K // UNIT) * STEPS, STEPS
+            )
+            sums = sums + (a * FACTOR, b * FACTOR)
+    return sums
+
+
+@gluon.jit
+def _start(words, sums, FORMAT: gl.constexpr, SCALE: gl.constexpr):
+    """What the zero points add to the sums of a unit. words: its scales of row lh and lh + 8, and zeros if apart."""
+    if _is_fp8(FORMAT):
+        zero = (words[0] * 0).to(gl.float32)
+        c = (zero, zero, zero, zero)
+    elif not is_asym(FORMAT):
+        c = (sums[0], sums[1], sums[0], sums[1])
+    else:
+        if SCALE == gl.float32:
+            z0, z1 = words[2].to(gl.float32), words[3].to(gl.float32)
+        else:
+            z0, z1 = _zero(words[0], SCALE), _zero(words[1], SCALE)
+        c = (z0 * sums[0], z0 * sums[1], z1 * sums[0], z1 * sums[1])
+    return c
+
+
+@gluon.jit
+def _consume(
+    acc, loaded, x, sums, FORMAT: gl.constexpr, DTYPE: gl.constexpr, SCALE: gl.constexpr, UNIT: gl.constexpr,
+    V: gl.constexpr, TILE_K: gl.constexpr,
+):  # fmt: skip
+    """acc + a tile's share of the panel. x, sums: of the tile."""
+    STEPS: gl.constexpr = UNIT // 16
+    APART: gl.constexpr = 4 if SCALE == gl.float32 and is_asym(FORMAT) else 2
+    a0, a1, a2, a3 = acc
+    for unit in gl.static_range(TILE_K // UNIT):
+        words = loaded[2 * V + unit * APART : 2 * V + (unit + 1) * APART]
+        c = _start(words, sums[2 * unit : 2 * unit + 2], FORMAT, SCALE)
+        part = x[unit * 2 * STEPS : (unit + 1) * 2 * STEPS]
+        d0, d1, d2, d3 = _multiply(loaded[0 : 2 * V], part, c, FORMAT, DTYPE, V, unit * STEPS, STEPS)
+        s0, s1 = _scale(words[0], SCALE), _scale(words[1], SCALE)
+        a0, a1, a2, a3 = a0 + s0 * d0, a1 + s0 * d1, a2 + s1 * d2, a3 + s1 * d3
+    return a0, a1, a2, a3
+
+
+@gluon.jit
+def _panels(
+    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, memory, expert, row, rows, first, last, stride_xm,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, BUFFERS: gl.constexpr, LANES: gl.constexpr,
+):  # fmt: skip
+    """Panels first .. last - 1 of an expert for at most 8 rows."""
+    PARTS: gl.constexpr = LANES.warps_per_cta[0]
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    BITS: gl.constexpr = code_bits(FORMAT)
+    J: gl.constexpr = BITS // 2
+    V: gl.constexpr = TILE_K // 64 * J
+    UNIT: gl.constexpr = TILE_K if GROUP == 0 or GROUP > TILE_K else GROUP
+    XS: gl.constexpr = TILE_K // 8
+    SUMS: gl.constexpr = 0 if _is_fp8(FORMAT) else 2 * (TILE_K // UNIT)
+    ROUND: gl.constexpr = (BUFFERS + TILES - 1) // TILES  # panels
+    OUT: gl.constexpr = _part_layout(PARTS)
+    thread = gl.arange(0, 32 * PARTS, LANES)
+    part, lh, q = thread // 32, thread % 32 // 4, thread % 4
+    lane_word = q * (V if UNIT == TILE_K else J)
+    w_ptrs = w_ptr + expert.to(gl.int64) * (N * K * BITS // 32) + (part * (TILES * 64 * V) + lh * (4 * V) + lane_word)
+    groups: gl.constexpr = K // GROUP if GROUP > 0 else 1
+    s_ptrs = s_ptr + expert.to(gl.int64) * (N * groups) + lh
+    z_ptrs = z_ptr + expert.to(gl.int64) * (N * groups) + lh
+    buffers = ()
+    for i in gl.static_range(BUFFERS):
+        panel = first + i // TILES
+        buffers = buffers + (
+            _load(
+                w_ptrs, s_ptrs, z_ptrs, part, panel, i % TILES, (thread >= 0) & (panel < last), N, K, FORMAT, SCALE, GROUP,
+                TILE_K, TILES, LANES,
+            ),
+        )  # fmt: skip
+    lane_k = q // 2 * 64 + q % 2 * 4 if UNIT == 128 else q * 2
+    x_ptrs = x_ptr.to(gl.pointer_type(gl.int32)) + (row + lh).to(gl.int64) * (stride_xm // 2)
+    x_ptrs += (part * (TILES * TILE_K) + lane_k) // 2
+    x = _load_x(x_ptrs, lh < rows, part, K, FORMAT, DTYPE, UNIT, TILE_K, TILES)
+    sums = _sums(x, thread, FORMAT, DTYPE, UNIT, V, TILES, TILE_K)
+
+    place = gl.arange(0, 128, gl.SliceLayout(0, OUT))
+    offs_n = place // 16 + place // 2 % 2 * 8
+    offs_m = place // 4 % 4 * 2 + place % 2
+    y_ptrs = y_ptr + row.to(gl.int64) * N + offs_m * N + offs_n
+    zero = (thread * 0).to(gl.float32)
+    for panel in range(first, last, ROUND):
+        for p in gl.static_range(ROUND):
+            acc = (zero, zero, zero, zero)
+            for tile in gl.static_range(TILES):
+                acc = _consume(
+                    acc, buffers[0], x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS],
+                    FORMAT, DTYPE, SCALE, UNIT, V, TILE_K,
+                )  # fmt: skip
+                next_panel = panel + (p * TILES + tile + BUFFERS) // TILES
+                fresh = _load(
+                    w_ptrs, s_ptrs, z_ptrs, part, next_panel, (tile + BUFFERS) % TILES,
+                    (thread >= 0) & (next_panel < last), N, K, FORMAT, SCALE, GROUP, TILE_K, TILES, LANES,
+                )  # fmt: skip
+                buffers = buffers[1:BUFFERS] + (fresh,)
+            a0, a1, a2, a3 = acc
+            memory.store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
+            total = gl.sum(memory.reshape((PARTS, 128)).load(OUT), 0)
+            total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
+            gl.store(y_ptrs + (panel + p) * 16, total, mask=(offs_m < rows) & (panel + p < last))
+
+
+@gluon.jit(do_not_specialize=["S", "E", "LIMIT"])
+def hopper_decode_kernel(
+    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr, S, E, LIMIT, stride_xm,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
+    TILE_K: gl.constexpr, CONDITION: gl.constexpr, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """CONDITION: 0 decode; 1 only if no expert has more than LIMIT rows."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
+    EXPERTS: gl.constexpr = gl.BlockedLayout([BLOCK_E // 32], [32], [PARTS], [0])  # every warp has all
+    memory = gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    w_ptr = w_ptr.to(gl.pointer_type(gl.int32))
+    start, stop, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
+    panels = gl.max(ends, 0) * (N // 16)
+    rows = gl.max(stop, 0)
+    if CONDITION == 1:
+        decode = gl.max(stop - start, 0) <= LIMIT
+        panels = gl.where(decode, panels, 0)
+        rows = gl.where(decode, rows, S)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    first = program * (panels // programs) + gl.minimum(program, panels % programs)
+    last = first + panels // programs + (program < panels % programs).to(gl.int32)
+    while first < last:
+        block = first // (N // 16)
+        end = gl.minimum(last, (block + 1) * (N // 16))
+        expert, row, block_rows = _find(start, stop, ends, block, EXPERTS)
+        _panels(
+            y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, memory, expert, row, block_rows, first - block * (N // 16),
+            end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES, BUFFERS, LANES,
+        )  # fmt: skip
+        first = end
+    for r in range(rows + program, S, programs):
+        for n in range(0, N, 32 * PARTS):
+            offs_n = n + gl.arange(0, 32 * PARTS, LANES)
+            zeros = gl.zeros((32 * PARTS,), y_ptr.dtype.element_ty, LANES)
+            gl.store(y_ptr + tl.cast(r, gl.int64) * N + offs_n, zeros, mask=offs_n < N)
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperDecodeConfig:
+    """Sizes of a decode.
+
+    Attributes:
+        parts: of K, one a warp: a power of two.
+        tiles: of a part.
+        buffers: tiles that are loaded ahead, a divisor or a multiple of tiles.
+        programs_per_sm: resident programs that each multiprocessor starts.
+        registers: of a thread at most.
+    """
+
+    parts: int
+    tiles: int
+    buffers: int
+    programs_per_sm: int
+    registers: int
+
+
+MAX_PARTS, PART_K = 16, 512  # x of more k does not stay in registers
+
+
+def config(w: Operand) -> HopperDecodeConfig:
+    """Sizes for a weight: 16 warps of 128 registers on a multiprocessor, each with about 3 KiB on the way."""
+    tile_k, bits = _tile_k(w), FORMATS[w.format].bits
+    parts = 1
+    while w.K > parts * PART_K:
+        parts *= 2
+    tiles = -(-w.K // (parts * tile_k))
+    buffers = tiles
+    if bits == 8 and tiles % 2 == 0:
+        buffers = tiles // 2
+    elif bits == 2:
+        buffers = 2 * tiles
+    return HopperDecodeConfig(parts, tiles, buffers, MAX_PARTS // parts, 128)
+
+
+def unfit(w: Operand) -> str | None:
+    """Why the kernel does not run on a weight, or None."""
+    if w.layout not in ("tiles", "tiles128"):
+        return f"needs prepared weights, these are {w.layout}"
+    if w.K > MAX_PARTS * PART_K:
+        return f"K is {w.K}; at most {MAX_PARTS * PART_K} fit"
+    if w.group and w.group % _tile_k(w) and _tile_k(w) % w.group:
+        return f"group size {w.group} neither divides nor is a multiple of {_tile_k(w)}"
+    return None
+
+
+def _tile_k(w: Operand) -> int:
+    return 128 if w.layout == "tiles128" else 64
+
+
+_LAUNCH = Launcher(hopper_decode_kernel, "decode")
+
+
+def bind(
+    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, processors: int,
+    limit: int = 0, condition: int = 0,
+) -> Launch:  # fmt: skip
+    """`launch` for tensors that differ from these in values alone: of y, x, w.w, w.s, w.z and counts."""
+    s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
+    wide = s * experts >= 2**31
+    constants: dict[str, object] = {
+        "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group, "TILE_K": _tile_k(w),
+        "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
+        "PARTS": c.parts, "TILES": c.tiles, "BUFFERS": c.buffers,
+    }  # fmt: skip
+    return _LAUNCH.bind(
+        (w.facts, x.dtype, y.dtype, counts.dtype, stride, c, condition, experts, wide),
+        y.device,
+        (processors * c.programs_per_sm, 1, 1),
+        (s, experts, limit, stride),
+        constants,
+        c.parts,
+        f"{w.format} (N={w.N}, K={w.K})",
+        c.registers,
+    )
+
+
+def launch(
+    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, processors: int,
+    limit: int = 0, condition: int = 0,
+) -> None:  # fmt: skip
+    """y: [S, N]; x: [S, K], of an even stride, at a multiple of 4 bytes; w: `unfit` says None; counts: [E]; int32 or int64.
+
+    limit, condition: 0 decode; 1 only if no expert has more than limit rows.
+    """
+    bind(y, x, w, counts, c, processors, limit, condition)(y, x, w.w, w.s, w.z, counts)
