@@ -441,15 +441,18 @@ def hopper_decode_kernel(
     program, programs = gl.program_id(0), gl.num_programs(0)
     first = program * (panels // programs) + gl.minimum(program, panels % programs)
     last = first + panels // programs + (program < panels % programs).to(gl.int32)
+    expert, row, block_rows = _find(start, stop, ends, first // (N // 16), EXPERTS)
     while first < last:
         block = first // (N // 16)
         end = gl.minimum(last, (block + 1) * (N // 16))
-        expert, row, block_rows = _find(start, stop, ends, block, EXPERTS)
         _panels(
             y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, memory, expert, row, block_rows, first - block * (N // 16),
             end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES, BUFFERS, LANES,
         )  # fmt: skip
         first = end
+        if first < last:  # what was known of the experts would take registers until here
+            start, stop, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
+            expert, row, block_rows = _find(start, stop, ends, first // (N // 16), EXPERTS)
     for r in range(rows + program, S, programs):
         for n in range(0, N, 32 * PARTS):
             offs_n = n + gl.arange(0, 32 * PARTS, LANES)
