@@ -4,8 +4,8 @@ The work is a list: for every block of at most 8 rows of one expert the panels o
 takes an equal and consecutive share of the list, which it finds from the counts itself, so that every multiprocessor
 reads from the start to the end. Its warps share the K of a panel and add their parts in a fixed order.
 
-A part of x stays in registers, as right operands of m16n8k16; any order of k is free there. Words of the weight come
-from memory to the registers of the lane that needs them, several tiles ahead. A code is a matrix operand as it is:
+A part of x stays in registers, as right operands of m16n8k16. Panels are copied to shared memory, several ahead. A code
+is a matrix operand as it is:
 
     the lowest 8 bits of a bf16 (16 bits of an fp16, as far as its codes reach) count from 0 in steps of 2^-133 (2^-24)
 
@@ -15,7 +15,7 @@ and the zero point times the sum of x, which the same instructions make of codes
 
 Weights in "tiles" (`tile.py`). Glossary: q, lh lane 4 lh + q of a fragment: row lh and lh + 8 of a panel, columns 2 q
 and 2 q + 1; J words of a lane in a block of 64 k; V words of a lane in a row of a tile; unit: k of a tile that share
-a scale; s, h: see `dequant.py`.
+a scale; s, h: see `dequant.py`. T threads.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..formats import FORMATS
 from .dequant import code_bits, is_asym
+from .gluon_compat import async_load, thread_barrier
 from .launcher import Launch, Launcher
 from .operand import Operand
 
@@ -45,6 +47,12 @@ def _is_fp8(fmt: str) -> bool:
 def _offset(fmt: str) -> int:
     """What symmetric codes are stored above zero after a flip of their sign bit."""
     return 0 if is_asym(fmt) or _is_fp8(fmt) else 1 << (code_bits(fmt) - 1)
+
+
+@triton.constexpr_function
+def _above(fmt: str) -> float:
+    """How often the sum of x is too much, if zero points count."""
+    return 1.0 if is_asym(fmt) else float(_offset(fmt))
 
 
 @triton.constexpr_function
@@ -117,16 +125,6 @@ def _multiply_constraints(words: int, steps: int) -> str:
 
 
 @triton.constexpr_function
-def _lane_k(fmt: str, unit: int, step: int, h: int) -> int:
-    """The k of half a step of a tile, beside what depends on the lane alone."""
-    words, per = code_bits(fmt) // 2, 8 // code_bits(fmt)
-    if unit < 128:
-        return 16 * step + 8 * h
-    word = step // per  # lane q has the words of lanes 2 q % 4 and 2 q % 4 + 1 of block q // 2
-    return 2 * (word // words) + 16 * (word % words * per + step % per) + 8 * h
-
-
-@triton.constexpr_function
 def _enlarge_asm(fmt: str, step: int, h: int) -> str:
     """A pair of bf16, smaller as the field is higher, times 2^64."""
     field = (16 * step + 8 * h) // 8 % (16 // code_bits(fmt))
@@ -135,15 +133,41 @@ def _enlarge_asm(fmt: str, step: int, h: int) -> str:
 
 
 @triton.constexpr_function
+def _log2(n: int) -> int:
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def _unit(group: int, tile_k: int) -> int:
+    return tile_k if group == 0 or group > tile_k else group
+
+
+@triton.constexpr_function
 def _part_layout(parts: int) -> gl.DistributedLinearLayout:
     """[parts, 128] sums of a panel, the last as (lh, q, row / 8, column % 2): a warp has whole rows of the result."""
-    register = [[1 << i, 0] for i in range(parts.bit_length() - 1)]
-    q, warp = [[0, 4], [0, 8]], [[0, 0]] * (parts.bit_length() - 1)
+    register = [[1 << i, 0] for i in range(_log2(parts))]
+    q, warp = [[0, 4], [0, 8]], [[0, 0]] * _log2(parts)
     warp[: len(q)] = q[: len(warp)]
     register += q[len(warp) :]
     return gl.DistributedLinearLayout(
         register, [[0, 16], [0, 32], [0, 64], [0, 2], [0, 1]], warp, [], [parts, 128]
     )
+
+
+@triton.constexpr_function
+def _words_layout(parts: int, v: int, j: int) -> gl.DistributedLinearLayout:
+    """[parts, 64 v] words of a tile, rows of 4 v: those of a lane."""
+    register = [[0, 1 << i] for i in range(_log2(j))] + [[0, 4 * j]] * (v > j) + [[0, 32 * v]]
+    lane = [[0, j], [0, 2 * j], [0, 4 * v], [0, 8 * v], [0, 16 * v]]
+    return gl.DistributedLinearLayout(register, lane, [[1 << i, 0] for i in range(_log2(parts))], [], [parts, 64 * v])
+
+
+@triton.constexpr_function
+def _scales_layout(parts: int) -> gl.DistributedLinearLayout:
+    """[parts, row, q]."""
+    lane = [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warp = [[1 << i, 0, 0] for i in range(_log2(parts))]
+    return gl.DistributedLinearLayout([[0, 8, 0]], lane, warp, [], [parts, 16, 4])
 
 
 @gluon.jit
@@ -178,67 +202,71 @@ def _find(start, stop, ends, block, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _split(t, V: gl.constexpr, LANES: gl.constexpr):
-    """[T, V] -> V tensors [T]."""
-    if V == 1:
-        out = (gl.reshape(t, (t.shape[0],)),)
-    elif V == 2:
-        out = gl.split(t)
-    else:
-        even, odd = gl.split(gl.reshape(t, (t.shape[0], 2, 2)))
-        a, c = gl.split(even)
-        b, d = gl.split(odd)
-        out = (a, b, c, d)
-    trivial = ()
-    for i in gl.static_range(V):
-        trivial = trivial + (gl.convert_layout(out[i], LANES, assert_trivial=True),)
-    return trivial
-
-
-@gluon.jit
-def _words(ptrs, mask, V: gl.constexpr, LANES: gl.constexpr):
-    """V words in a row for every lane."""
-    L: gl.constexpr = gl.BlockedLayout([1, V], [32, 1], [LANES.warps_per_cta[0], 1], [1, 0])
-    ptrs = gl.expand_dims(gl.convert_layout(ptrs, gl.SliceLayout(1, L), assert_trivial=True), 1)
-    ptrs = ptrs + gl.arange(0, V, gl.SliceLayout(0, L))[None, :]
-    mask = gl.expand_dims(gl.convert_layout(mask, gl.SliceLayout(1, L), assert_trivial=True), 1)
-    return _split(gl.load(ptrs, mask=mask, other=0), V, LANES)
-
-
-@gluon.jit
-def _load(
-    w_ptrs, s_ptrs, z_ptrs, part, panel, tile: gl.constexpr, mask,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
-    TILE_K: gl.constexpr, TILES: gl.constexpr, LANES: gl.constexpr,
+def _copy(
+    words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, stage, panel, wanted,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, TILE_K: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
-    """What a lane needs of tile `tile` of its part of a panel: words of row lh, of row lh + 8, and of each unit the
-    scales of both, and zeros if they are apart."""
-    J: gl.constexpr = code_bits(FORMAT) // 2
-    V: gl.constexpr = TILE_K // 64 * J
-    UNIT: gl.constexpr = TILE_K if GROUP == 0 or GROUP > TILE_K else GROUP
-    if part.shape[0] // 32 * TILES * TILE_K != K:
-        mask = mask & (part * TILES + tile < K // TILE_K)
-    w_ptrs += panel * (K // TILE_K * 64 * V) + tile * (64 * V)
-    out = ()
-    for row in gl.static_range(2):
-        if UNIT < TILE_K and TILE_K == 128:  # a block of 64 k may have a scale of its own
-            out = out + _words(w_ptrs + row * 32 * V, mask, J, LANES)
-            out = out + _words(w_ptrs + row * 32 * V + 4 * J, mask, J, LANES)
-        else:
-            out = out + _words(w_ptrs + row * 32 * V, mask, V, LANES)
-    for unit in gl.static_range(TILE_K // UNIT):
-        if GROUP == 0:
-            offs = panel * 16
-        elif GROUP == TILE_K or UNIT < TILE_K:
-            offs = part * (TILES * TILE_K // UNIT * N) + (tile * (TILE_K // UNIT) + unit) * N + panel * 16
-        else:
-            offs = ((part * TILES + tile) * TILE_K // GROUP) * N + panel * 16
-        for row in gl.static_range(2):
-            out = out + (gl.load(s_ptrs + offs + 8 * row, mask=mask, other=0),)
-        if SCALE == gl.float32 and is_asym(FORMAT):
-            for row in gl.static_range(2):
-                out = out + (gl.load(z_ptrs + offs + 8 * row, mask=mask, other=0),)
-    return out
+    """Start to copy a panel; what lies past K, or all that is not wanted, becomes 0.
+
+    Args:
+        words: of each tile of a part [STAGES, PARTS, 64 V]; apart, or the compiler puts barriers between the copies.
+        scales, zeros: of each unit [STAGES, PARTS, 16]; zeros: none if they are beside the scales.
+        part: [PARTS, 1].
+    """
+    PARTS: gl.constexpr = words[0].shape[1]
+    TILE: gl.constexpr = words[0].shape[2]
+    UNIT: gl.constexpr = _unit(GROUP, TILE_K)
+    UNITS: gl.constexpr = TILE_K // UNIT
+    for tile in gl.static_range(TILES):
+        mask = wanted
+        if PARTS * TILES * TILE_K != K:
+            mask = wanted & (part * TILES + tile < K // TILE_K)
+        ptrs = w_ptrs + panel * (K // TILE_K * TILE) + tile * TILE
+        async_load(words[tile].index(stage), ptrs, mask=mask)
+        for unit in gl.static_range(UNITS):
+            group = ((part * TILES + tile) * UNITS + unit) * UNIT // (GROUP if GROUP > 0 else K)
+            offs = group * N + panel * 16
+            async_load(scales[tile * UNITS + unit].index(stage), s_ptrs + offs, mask=mask)
+            if len(zeros) > 0:
+                async_load(zeros[tile * UNITS + unit].index(stage), z_ptrs + offs, mask=mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _load_words(words, J: gl.constexpr, LANES: gl.constexpr):
+    """A tile in shared memory [PARTS, 64 V] -> V tensors [T] of row lh, then V of row lh + 8."""
+    PARTS: gl.constexpr = words.shape[0]
+    V: gl.constexpr = words.shape[1] // 64
+    t = gl.reshape(words.load(_words_layout(PARTS, V, J)), (PARTS, 2, 8, V // J, 4, J))
+    return _split(gl.reshape(gl.permute(t, (0, 2, 4, 1, 3, 5)), (32 * PARTS, 2 * V)), LANES)
+
+
+@gluon.jit
+def _load_pair(scales, LANES: gl.constexpr):
+    """Scales of a unit in shared memory [PARTS, 16] -> [T] of row lh, of row lh + 8."""
+    PARTS: gl.constexpr = scales.shape[0]
+    L: gl.constexpr = _scales_layout(PARTS)
+    t = gl.expand_dims(scales.load(gl.SliceLayout(2, L)), 2)
+    t = gl.reshape(gl.broadcast(t, gl.zeros((PARTS, 16, 4), t.dtype, L))[0], (PARTS, 2, 32))
+    return _split(gl.reshape(gl.permute(t, (0, 2, 1)), (32 * PARTS, 2)), LANES)
+
+
+@gluon.jit
+def _split(t, LANES: gl.constexpr):
+    """[T, n] -> n tensors [T]; n a power of two."""
+    parts = (t,)
+    for i in gl.static_range(_log2(t.shape[1])):
+        halves = ()
+        for j in gl.static_range(1 << i):
+            half = gl.reshape(parts[j], (t.shape[0], 2, parts[j].shape[1] // 2))
+            halves = halves + gl.split(gl.permute(half, (0, 2, 1)))
+        parts = halves
+    columns = ()
+    for j in gl.static_range(t.shape[1]):
+        column = gl.reshape(parts[j], (t.shape[0],))
+        columns = columns + (gl.convert_layout(column, LANES, assert_trivial=True),)
+    return columns
 
 
 @gluon.jit
@@ -265,8 +293,10 @@ def _zero(word, SCALE: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    words, x, c, FORMAT: gl.constexpr, DTYPE: gl.constexpr, V: gl.constexpr, FIRST: gl.constexpr, STEPS: gl.constexpr
-):
+    words, x, c, FORMAT: gl.constexpr, DTYPE: gl.constexpr, TILE_K: gl.constexpr, FIRST: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
+    V: gl.constexpr = TILE_K * code_bits(FORMAT) // 128
     ASM: gl.constexpr = _multiply_asm(FORMAT, DTYPE == gl.bfloat16, V, FIRST, STEPS)
     CONSTRAINTS: gl.constexpr = _multiply_constraints(V, STEPS)
     return gl.inline_asm_elementwise(
@@ -276,8 +306,8 @@ def _multiply(
 
 @gluon.jit
 def _load_x(
-    x_ptrs, mask, part, K: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, UNIT: gl.constexpr,
-    TILE_K: gl.constexpr, TILES: gl.constexpr,
+    x_ptrs, mask, part, K: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, TILE_K: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
     """Right operands of a part: a tuple of two registers for each step of 16 k."""
     x = ()
@@ -287,7 +317,7 @@ def _load_x(
             wanted = mask & (part * TILES + tile < K // TILE_K)
         for step in gl.static_range(TILE_K // 16):
             for h in gl.static_range(2):
-                pair = gl.load(x_ptrs + (tile * TILE_K + _lane_k(FORMAT, UNIT, step, h)) // 2, mask=wanted, other=0)
+                pair = gl.load(x_ptrs + (tile * TILE_K + 16 * step + 8 * h) // 2, mask=wanted, other=0)
                 if DTYPE == gl.bfloat16:
                     pair = gl.inline_asm_elementwise(_enlarge_asm(FORMAT, step, h), "=r,r", [pair], gl.int32, True, 1)
                 x = x + (pair,)
@@ -296,25 +326,22 @@ def _load_x(
 
 @gluon.jit
 def _sums(
-    x, like, FORMAT: gl.constexpr, DTYPE: gl.constexpr, UNIT: gl.constexpr, V: gl.constexpr, TILES: gl.constexpr,
-    TILE_K: gl.constexpr,
-):  # fmt: skip
+    x, like, FORMAT: gl.constexpr, DTYPE: gl.constexpr, UNIT: gl.constexpr, TILE_K: gl.constexpr, TILES: gl.constexpr
+):
     """-offset times the sums of x over each unit, or -1 times for asymmetric formats: two columns each."""
-    sums = ()
     STEPS: gl.constexpr = UNIT // 16
+    sums = ()
     if not _is_fp8(FORMAT):
-        one = like * 0 + _ones(FORMAT)
         zero = (like * 0).to(gl.float32)
-        FACTOR: gl.constexpr = -1.0 if is_asym(FORMAT) else -1.0 * _offset(FORMAT)
         words = ()
-        for _i in gl.static_range(2 * V):
-            words = words + (one,)
+        for _i in gl.static_range(TILE_K * code_bits(FORMAT) // 64):
+            words = words + (like * 0 + _ones(FORMAT),)
         for unit in gl.static_range(TILES * TILE_K // UNIT):
             part = x[unit * 2 * STEPS : (unit + 1) * 2 * STEPS]
             a, b, _c, _d = _multiply(
-                words, part, (zero, zero, zero, zero), FORMAT, DTYPE, V, unit % (TILE_K // UNIT) * STEPS, STEPS
+                words, part, (zero, zero, zero, zero), FORMAT, DTYPE, TILE_K, unit % (TILE_K // UNIT) * STEPS, STEPS
             )
-            sums = sums + (a * FACTOR, b * FACTOR)
+            sums = sums + (a * -_above(FORMAT), b * -_above(FORMAT))
     return sums
 
 
@@ -337,86 +364,89 @@ def _start(words, sums, FORMAT: gl.constexpr, SCALE: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    acc, loaded, x, sums, FORMAT: gl.constexpr, DTYPE: gl.constexpr, SCALE: gl.constexpr, UNIT: gl.constexpr,
-    V: gl.constexpr, TILE_K: gl.constexpr,
+    acc, words, scales, zeros, stage, x, sums, FORMAT: gl.constexpr, DTYPE: gl.constexpr, SCALE: gl.constexpr,
+    UNIT: gl.constexpr, TILE_K: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
-    """acc + a tile's share of the panel. x, sums: of the tile."""
+    """acc + a tile's share of the panel; all arguments are of the tile."""
     STEPS: gl.constexpr = UNIT // 16
-    APART: gl.constexpr = 4 if SCALE == gl.float32 and is_asym(FORMAT) else 2
+    UNITS: gl.constexpr = TILE_K // UNIT
     a0, a1, a2, a3 = acc
-    for unit in gl.static_range(TILE_K // UNIT):
-        words = loaded[2 * V + unit * APART : 2 * V + (unit + 1) * APART]
-        c = _start(words, sums[2 * unit : 2 * unit + 2], FORMAT, SCALE)
+    codes = _load_words(words.index(stage), code_bits(FORMAT) // 2, LANES)
+    for unit in gl.static_range(UNITS):
+        pair = _load_pair(scales[unit].index(stage), LANES)
+        if len(zeros) > 0:
+            pair = pair + _load_pair(zeros[unit].index(stage), LANES)
+        c = _start(pair, sums[2 * unit : 2 * unit + 2], FORMAT, SCALE)
         part = x[unit * 2 * STEPS : (unit + 1) * 2 * STEPS]
-        d0, d1, d2, d3 = _multiply(loaded[0 : 2 * V], part, c, FORMAT, DTYPE, V, unit * STEPS, STEPS)
-        s0, s1 = _scale(words[0], SCALE), _scale(words[1], SCALE)
+        d0, d1, d2, d3 = _multiply(codes, part, c, FORMAT, DTYPE, TILE_K, unit * STEPS, STEPS)
+        s0, s1 = _scale(pair[0], SCALE), _scale(pair[1], SCALE)
         a0, a1, a2, a3 = a0 + s0 * d0, a1 + s0 * d1, a2 + s1 * d2, a3 + s1 * d3
     return a0, a1, a2, a3
 
 
 @gluon.jit
 def _panels(
-    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, memory, expert, row, rows, first, last, stride_xm,
+    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, rows, first, last, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
-    TILE_K: gl.constexpr, TILES: gl.constexpr, BUFFERS: gl.constexpr, LANES: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """Panels first .. last - 1 of an expert for at most 8 rows."""
-    PARTS: gl.constexpr = LANES.warps_per_cta[0]
+    PARTS: gl.constexpr = words[0].shape[1]
+    TILE: gl.constexpr = words[0].shape[2]
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    BITS: gl.constexpr = code_bits(FORMAT)
-    J: gl.constexpr = BITS // 2
-    V: gl.constexpr = TILE_K // 64 * J
-    UNIT: gl.constexpr = TILE_K if GROUP == 0 or GROUP > TILE_K else GROUP
+    UNIT: gl.constexpr = _unit(GROUP, TILE_K)
     XS: gl.constexpr = TILE_K // 8
-    SUMS: gl.constexpr = 0 if _is_fp8(FORMAT) else 2 * (TILE_K // UNIT)
-    ROUND: gl.constexpr = (BUFFERS + TILES - 1) // TILES  # panels
+    UNITS: gl.constexpr = TILE_K // UNIT
+    SUMS: gl.constexpr = 0 if _is_fp8(FORMAT) else 2 * UNITS
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [PARTS, 1], [1, 0])
     OUT: gl.constexpr = _part_layout(PARTS)
-    thread = gl.arange(0, 32 * PARTS, LANES)
-    part, lh, q = thread // 32, thread % 32 // 4, thread % 4
-    lane_word = q * (V if UNIT == TILE_K else J)
-    w_ptrs = w_ptr + expert.to(gl.int64) * (N * K * BITS // 32) + (part * (TILES * 64 * V) + lh * (4 * V) + lane_word)
-    groups: gl.constexpr = K // GROUP if GROUP > 0 else 1
-    s_ptrs = s_ptr + expert.to(gl.int64) * (N * groups) + lh
-    z_ptrs = z_ptr + expert.to(gl.int64) * (N * groups) + lh
-    buffers = ()
-    for i in gl.static_range(BUFFERS):
-        panel = first + i // TILES
-        buffers = buffers + (
-            _load(
-                w_ptrs, s_ptrs, z_ptrs, part, panel, i % TILES, (thread >= 0) & (panel < last), N, K, FORMAT, SCALE, GROUP,
-                TILE_K, TILES, LANES,
-            ),
+    e = expert.to(gl.int64)
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, COPY))[:, None]
+    w_ptrs = w_ptr + e * (N * K * code_bits(FORMAT) // 32)
+    w_ptrs = w_ptrs + (part * (TILES * TILE) + gl.arange(0, TILE, gl.SliceLayout(0, COPY))[None, :])
+    offs_s = e * (N * K // (GROUP if GROUP > 0 else K)) + gl.arange(0, 16, gl.SliceLayout(0, COPY))[None, :]
+    s_ptrs, z_ptrs = s_ptr + offs_s, z_ptr + offs_s
+    for i in gl.static_range(STAGES - 1):
+        _copy(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i, first + i < last,
+            N, K, FORMAT, GROUP, TILE_K, TILES,
         )  # fmt: skip
-    lane_k = q // 2 * 64 + q % 2 * 4 if UNIT == 128 else q * 2
+
+    thread = gl.arange(0, 32 * PARTS, LANES)
+    lh, q = thread % 32 // 4, thread % 4
     x_ptrs = x_ptr.to(gl.pointer_type(gl.int32)) + (row + lh).to(gl.int64) * (stride_xm // 2)
-    x_ptrs += (part * (TILES * TILE_K) + lane_k) // 2
-    x = _load_x(x_ptrs, lh < rows, part, K, FORMAT, DTYPE, UNIT, TILE_K, TILES)
-    sums = _sums(x, thread, FORMAT, DTYPE, UNIT, V, TILES, TILE_K)
+    x_ptrs += thread // 32 * (TILES * TILE_K // 2) + q
+    x = _load_x(x_ptrs, lh < rows, thread // 32, K, FORMAT, DTYPE, TILE_K, TILES)
+    sums = _sums(x, thread, FORMAT, DTYPE, UNIT, TILE_K, TILES)
 
     place = gl.arange(0, 128, gl.SliceLayout(0, OUT))
     offs_n = place // 16 + place // 2 % 2 * 8
     offs_m = place // 4 % 4 * 2 + place % 2
     y_ptrs = y_ptr + row.to(gl.int64) * N + offs_m * N + offs_n
     zero = (thread * 0).to(gl.float32)
-    for panel in range(first, last, ROUND):
-        for p in gl.static_range(ROUND):
-            acc = (zero, zero, zero, zero)
-            for tile in gl.static_range(TILES):
-                acc = _consume(
-                    acc, buffers[0], x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS],
-                    FORMAT, DTYPE, SCALE, UNIT, V, TILE_K,
-                )  # fmt: skip
-                next_panel = panel + (p * TILES + tile + BUFFERS) // TILES
-                fresh = _load(
-                    w_ptrs, s_ptrs, z_ptrs, part, next_panel, (tile + BUFFERS) % TILES,
-                    (thread >= 0) & (next_panel < last), N, K, FORMAT, SCALE, GROUP, TILE_K, TILES, LANES,
-                )  # fmt: skip
-                buffers = buffers[1:BUFFERS] + (fresh,)
-            a0, a1, a2, a3 = acc
-            memory.store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
-            total = gl.sum(memory.reshape((PARTS, 128)).load(OUT), 0)
-            total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
-            gl.store(y_ptrs + (panel + p) * 16, total, mask=(offs_m < rows) & (panel + p < last))
+    stage, free = first * 0, first * 0 + STAGES - 1
+    thread_barrier()  # else the compiler puts one into the loop, between these copies and the first there
+    for panel in range(first, last):
+        ahead = panel + STAGES - 1
+        _copy(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, free, ahead, ahead < last,
+            N, K, FORMAT, GROUP, TILE_K, TILES,
+        )  # fmt: skip
+        async_copy.wait_group(STAGES - 1)
+        acc = (zero, zero, zero, zero)
+        for tile in gl.static_range(TILES):
+            acc = _consume(
+                acc, words[tile], scales[tile * UNITS : (tile + 1) * UNITS], zeros[tile * UNITS : (tile + 1) * UNITS], stage,
+                x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS], FORMAT, DTYPE, SCALE, UNIT, TILE_K, LANES,
+            )  # fmt: skip
+        a0, a1, a2, a3 = acc
+        memory.store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
+        total = gl.sum(memory.reshape((PARTS, 128)).load(OUT), 0)
+        total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
+        gl.store(y_ptrs + panel * 16, total, mask=offs_m < rows)
+        free = stage
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    async_copy.wait_group(0)
 
 
 @gluon.jit(do_not_specialize=["S", "E", "LIMIT"])
@@ -424,12 +454,23 @@ def hopper_decode_kernel(
     y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr, S, E, LIMIT, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
     TILE_K: gl.constexpr, CONDITION: gl.constexpr, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr,
-    PARTS: gl.constexpr, TILES: gl.constexpr, BUFFERS: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """CONDITION: 0 decode; 1 only if no expert has more than LIMIT rows."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
     EXPERTS: gl.constexpr = gl.BlockedLayout([BLOCK_E // 32], [32], [PARTS], [0])  # every warp has all
-    memory = gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    UNITS: gl.constexpr = TILES * (TILE_K // _unit(GROUP, TILE_K))
+    words, scales, zeros = (), (), ()
+    for _tile in gl.static_range(TILES):
+        words = words + (
+            gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, TILE_K * code_bits(FORMAT) // 2], PLAIN),
+        )
+    for _unit_ in gl.static_range(UNITS):
+        scales = scales + (gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES, PARTS, 16], PLAIN),)
+        if SCALE == gl.float32 and is_asym(FORMAT):
+            zeros = zeros + (gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, PARTS, 16], PLAIN),)
+    memory = gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], PLAIN)
     w_ptr = w_ptr.to(gl.pointer_type(gl.int32))
     start, stop, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
     panels = gl.max(ends, 0) * (N // 16)
@@ -446,8 +487,9 @@ def hopper_decode_kernel(
         block = first // (N // 16)
         end = gl.minimum(last, (block + 1) * (N // 16))
         _panels(
-            y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, memory, expert, row, block_rows, first - block * (N // 16),
-            end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES, BUFFERS, LANES,
+            y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, block_rows,
+            first - block * (N // 16), end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES,
+            STAGES, LANES,
         )  # fmt: skip
         first = end
         if first < last:  # what was known of the experts would take registers until here
@@ -456,8 +498,8 @@ def hopper_decode_kernel(
     for r in range(rows + program, S, programs):
         for n in range(0, N, 32 * PARTS):
             offs_n = n + gl.arange(0, 32 * PARTS, LANES)
-            zeros = gl.zeros((32 * PARTS,), y_ptr.dtype.element_ty, LANES)
-            gl.store(y_ptr + tl.cast(r, gl.int64) * N + offs_n, zeros, mask=offs_n < N)
+            blank = gl.zeros((32 * PARTS,), y_ptr.dtype.element_ty, LANES)
+            gl.store(y_ptr + tl.cast(r, gl.int64) * N + offs_n, blank, mask=offs_n < N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,34 +509,38 @@ class HopperDecodeConfig:
     Attributes:
         parts: of K, one a warp: a power of two.
         tiles: of a part.
-        buffers: tiles that are loaded ahead, a divisor or a multiple of tiles.
+        stages: panels in shared memory.
         programs_per_sm: resident programs that each multiprocessor starts.
         registers: of a thread at most.
     """
 
     parts: int
     tiles: int
-    buffers: int
+    stages: int
     programs_per_sm: int
     registers: int
 
 
 MAX_PARTS, PART_K = 16, 512  # x of more k does not stay in registers
+MAX_STAGES, SHARED = 8, 227 * 1024
 
 
 def config(w: Operand) -> HopperDecodeConfig:
-    """Sizes for a weight: 16 warps of 128 registers on a multiprocessor, each with about 3 KiB on the way."""
-    tile_k, bits = _tile_k(w), FORMATS[w.format].bits
+    """Sizes for a weight: 16 warps of 128 registers on a multiprocessor, and as many panels as its memory holds."""
     parts = 1
     while w.K > parts * PART_K:
         parts *= 2
-    tiles = -(-w.K // (parts * tile_k))
-    buffers = tiles
-    if bits == 8 and tiles % 2 == 0:
-        buffers = tiles // 2
-    elif bits == 2:
-        buffers = 2 * tiles
-    return HopperDecodeConfig(parts, tiles, buffers, MAX_PARTS // parts, 128)
+    programs = min(MAX_PARTS // parts, 8)
+    return HopperDecodeConfig(parts, -(-w.K // (parts * _tile_k(w))), stages(w, parts, programs), programs, 128)
+
+
+def stages(w: Operand, parts: int, programs: int) -> int:
+    """Panels that fit into the shared memory of each of so many programs on a multiprocessor."""
+    tile_k = _tile_k(w)
+    tiles, unit = -(-w.K // (parts * tile_k)) * parts, min(w.group or tile_k, tile_k)
+    apart = w.scale == tl.float32 and is_asym(w.format)
+    panel = tiles * (2 * tile_k * FORMATS[w.format].bits + 64 * (tile_k // unit) * (1 + apart))
+    return min(MAX_STAGES, (SHARED // programs - 1024 - 512 * parts) // panel)
 
 
 def unfit(w: Operand) -> str | None:
@@ -525,7 +571,7 @@ def bind(
     constants: dict[str, object] = {
         "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group, "TILE_K": _tile_k(w),
         "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
-        "PARTS": c.parts, "TILES": c.tiles, "BUFFERS": c.buffers,
+        "PARTS": c.parts, "TILES": c.tiles, "STAGES": c.stages,
     }  # fmt: skip
     return _LAUNCH.bind(
         (w.facts, x.dtype, y.dtype, counts.dtype, stride, c, condition, experts, wide),
