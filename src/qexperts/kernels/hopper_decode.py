@@ -406,17 +406,19 @@ def _panels(
     w_ptrs = w_ptrs + (part * (TILES * TILE) + gl.arange(0, TILE, gl.SliceLayout(0, COPY))[None, :])
     offs_s = e * (N * K // (GROUP if GROUP > 0 else K)) + gl.arange(0, 16, gl.SliceLayout(0, COPY))[None, :]
     s_ptrs, z_ptrs = s_ptr + offs_s, z_ptr + offs_s
-    for i in gl.static_range(STAGES - 1):
-        _copy(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i, first + i < last,
-            N, K, FORMAT, GROUP, TILE_K, TILES,
-        )  # fmt: skip
-
+    _copy(
+        words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 0, first, first < last, N, K, FORMAT, GROUP, TILE_K, TILES
+    )
     thread = gl.arange(0, 32 * PARTS, LANES)
     lh, q = thread % 32 // 4, thread % 4
     x_ptrs = x_ptr.to(gl.pointer_type(gl.int32)) + (row + lh).to(gl.int64) * (stride_xm // 2)
     x_ptrs += thread // 32 * (TILES * TILE_K // 2) + q
     x = _load_x(x_ptrs, lh < rows, thread // 32, K, FORMAT, DTYPE, TILE_K, TILES)
+    for i in gl.static_range(1, STAGES - 1):  # behind x, which would wait for all of them
+        _copy(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i, first + i < last,
+            N, K, FORMAT, GROUP, TILE_K, TILES,
+        )  # fmt: skip
     sums = _sums(x, thread, FORMAT, DTYPE, UNIT, TILE_K, TILES)
 
     place = gl.arange(0, 128, gl.SliceLayout(0, OUT))
@@ -510,28 +512,37 @@ class HopperDecodeConfig:
         parts: of K, one a warp: a power of two.
         tiles: of a part.
         stages: panels in shared memory.
-        programs_per_sm: resident programs that each multiprocessor starts.
         registers: of a thread at most.
+        programs: that share the panels.
     """
 
     parts: int
     tiles: int
     stages: int
-    programs_per_sm: int
     registers: int
+    programs: int
 
 
 MAX_PARTS, PART_K = 16, 512  # x of more k does not stay in registers
 MAX_STAGES, SHARED = 8, 227 * 1024
 
 
-def config(w: Operand) -> HopperDecodeConfig:
-    """Sizes for a weight: 16 warps of 128 registers on a multiprocessor, and as many panels as its memory holds."""
+def config(w: Operand, slots: int, processors: int) -> HopperDecodeConfig:
+    """Sizes for a weight and at most so many blocks of rows.
+
+    A multiprocessor holds 16 warps of 128 registers, and as many panels as its memory holds. Not all of them read
+    equally fast, so where there are enough panels, programs are many and the fast ones take more.
+    """
     parts = 1
     while w.K > parts * PART_K:
         parts *= 2
-    programs = min(MAX_PARTS // parts, 8)
-    return HopperDecodeConfig(parts, -(-w.K // (parts * _tile_k(w))), stages(w, parts, programs), programs, 128)
+    resident = min(MAX_PARTS // parts, 8)
+    programs = resident * processors
+    programs *= max(1, slots * (w.N // 16) // (programs * PANELS))
+    return HopperDecodeConfig(parts, -(-w.K // (parts * _tile_k(w))), stages(w, parts, resident), 128, programs)
+
+
+PANELS = 16
 
 
 def stages(w: Operand, parts: int, programs: int) -> int:
@@ -562,8 +573,8 @@ _LAUNCH = Launcher(hopper_decode_kernel, "decode")
 
 
 def bind(
-    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, processors: int,
-    limit: int = 0, condition: int = 0,
+    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, limit: int = 0,
+    condition: int = 0,
 ) -> Launch:  # fmt: skip
     """`launch` for tensors that differ from these in values alone: of y, x, w.w, w.s, w.z and counts."""
     s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
@@ -576,7 +587,7 @@ def bind(
     return _LAUNCH.bind(
         (w.facts, x.dtype, y.dtype, counts.dtype, stride, c, condition, experts, wide),
         y.device,
-        (processors * c.programs_per_sm, 1, 1),
+        (c.programs, 1, 1),
         (s, experts, limit, stride),
         constants,
         c.parts,
@@ -586,11 +597,11 @@ def bind(
 
 
 def launch(
-    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, processors: int,
-    limit: int = 0, condition: int = 0,
+    y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, limit: int = 0,
+    condition: int = 0,
 ) -> None:  # fmt: skip
     """y: [S, N]; x: [S, K], of an even stride, at a multiple of 4 bytes; w: `unfit` says None; counts: [E]; int32 or int64.
 
     limit, condition: 0 decode; 1 only if no expert has more than limit rows.
     """
-    bind(y, x, w, counts, c, processors, limit, condition)(y, x, w.w, w.s, w.z, counts)
+    bind(y, x, w, counts, c, limit, condition)(y, x, w.w, w.s, w.z, counts)
