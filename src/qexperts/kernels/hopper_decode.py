@@ -105,17 +105,19 @@ def _multiply_asm(fmt: str, bf16: bool, words: int, first: int, steps: int) -> s
     per = 8 // code_bits(fmt)  # steps in a word
     x, c = 4 + 2 * words, 4 + 2 * words + 2 * steps
     kind = "bf16" if bf16 else "f16"
-    lines = [".reg .b32 m, r, a<4>; .reg .f32 d<4>;"]
-    lines += [f"mov.b32 d{i}, ${c + i};" for i in range(4)]
+    chains = 1 if steps < 8 else 2  # an instruction waits for the one before on the same sums
+    lines = [".reg .b32 m, r, a<4>; .reg .f32 d<8>;"]
+    lines += [f"mov.b32 d{i}, ${c + i};" for i in range(4)] + [f"mov.b32 d{i}, 0;" for i in range(4, 4 * chains)]
     for i in range(steps):
         word, field = 4 + (first + i) // per, (first + i) % per * 2
         for h in range(2):
             lines += [_extract(fmt, bf16, field + h, f"${word + row * words}", f"a{2 * h + row}") for row in range(2)]
+        d = "{" + ", ".join(f"d{i % chains * 4 + j}" for j in range(4)) + "}"
         lines.append(
-            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{d0, d1, d2, d3}}, {{a0, a1, a2, a3}}, "
-            f"{{${x + 2 * i}, ${x + 2 * i + 1}}}, {{d0, d1, d2, d3}};"
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {{a0, a1, a2, a3}}, "
+            f"{{${x + 2 * i}, ${x + 2 * i + 1}}}, {d};"
         )
-    lines += [f"mov.b32 ${i}, d{i};" for i in range(4)]
+    lines += [f"add.f32 ${i}, d{i}, d{4 + i};" if chains == 2 else f"mov.b32 ${i}, d{i};" for i in range(4)]
     return "{" + "\n".join(lines) + "}"
 
 
@@ -171,34 +173,42 @@ def _scales_layout(parts: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
+def _add(a, b, c, d):
+    return a + c, b + d
 
 
 @gluon.jit
 def _experts(counts_ptr, S, E, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
-    """First row of each expert, where its rows end, and blocks of 8 rows before the next expert's: [BLOCK_E]; i32.
+    """First row of each expert, where its rows end, its blocks of 8 rows, and where these end: [BLOCK_E]; i32.
 
-    Negative counts count as 0; rows at or past S do not count. WIDE_SUM: sums take 64 bits.
+    Negative counts count as 0; rows at or past S do not count, nor do blocks of experts that begin there. WIDE_SUM:
+    sums take 64 bits.
     """
     offs_e = gl.arange(0, BLOCK_E, LAYOUT)
     counts = gl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
-    rows = gl.minimum(gl.maximum(counts, 0), S)
-    rows = rows.to(gl.int64 if WIDE_SUM else gl.int32)
-    sums = gl.associative_scan(rows, 0, _add)
-    start, stop = gl.minimum(sums - rows, S).to(gl.int32), gl.minimum(sums, S).to(gl.int32)
-    return start, stop, gl.associative_scan((stop - start + 7) // 8, 0, _add)
+    rows = gl.minimum(gl.maximum(counts, 0), S).to(gl.int64 if WIDE_SUM else gl.int32)
+    blocks = (rows + 7) // 8
+    stop, end = gl.associative_scan((rows, blocks), 0, _add)
+    start = gl.minimum(stop - rows, S).to(gl.int32)
+    end = gl.where(start < S, end, 0).to(gl.int32)
+    return start, gl.minimum(stop, S).to(gl.int32), blocks.to(gl.int32), end
 
 
 @gluon.jit
-def _find(start, stop, ends, block, LAYOUT: gl.constexpr):
+def _find(start, stop, blocks, end, block, LAYOUT: gl.constexpr):
     """The expert of a block of rows, its first row and number of rows."""
     offs_e = gl.arange(0, start.shape[0], LAYOUT)
-    before = ends - (stop - start + 7) // 8
-    here = (before <= block) & (block < ends)
-    row = gl.sum(gl.where(here, start + (block - before) * 8, 0), 0)
+    here = (end - blocks <= block) & (block < end)
+    row = gl.sum(gl.where(here, start + (block - end + blocks) * 8, 0), 0)
     rows = gl.sum(gl.where(here, stop, 0), 0) - row
     return gl.sum(gl.where(here, offs_e, 0), 0), row, gl.minimum(rows, 8)
+
+
+@gluon.jit
+def _share(panels, program, programs):
+    """First and last panel of a program, and no more than one apart from the others'."""
+    first = program * (panels // programs) + gl.minimum(program, panels % programs)
+    return first, first + panels // programs + (program < panels % programs).to(gl.int32)
 
 
 @gluon.jit
@@ -230,6 +240,20 @@ def _copy(
             async_load(scales[tile * UNITS + unit].index(stage), s_ptrs + offs, mask=mask)
             if len(zeros) > 0:
                 async_load(zeros[tile * UNITS + unit].index(stage), z_ptrs + offs, mask=mask)
+
+
+@gluon.jit
+def _copies(
+    words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, stage, panel, last,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, TILE_K: gl.constexpr,
+    TILES: gl.constexpr, ROUND: gl.constexpr,
+):  # fmt: skip
+    """Start to copy the panels of a round, but those from `last` on."""
+    for p in gl.static_range(ROUND):
+        _copy(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, stage * ROUND + p, panel + p, panel + p < last,
+            N, K, FORMAT, GROUP, TILE_K, TILES,
+        )  # fmt: skip
     async_copy.commit_group()
 
 
@@ -388,7 +412,7 @@ def _consume(
 def _panels(
     y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, rows, first, last, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
-    TILE_K: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """Panels first .. last - 1 of an expert for at most 8 rows."""
     PARTS: gl.constexpr = words[0].shape[1]
@@ -406,8 +430,8 @@ def _panels(
     w_ptrs = w_ptrs + (part * (TILES * TILE) + gl.arange(0, TILE, gl.SliceLayout(0, COPY))[None, :])
     offs_s = e * (N * K // (GROUP if GROUP > 0 else K)) + gl.arange(0, 16, gl.SliceLayout(0, COPY))[None, :]
     s_ptrs, z_ptrs = s_ptr + offs_s, z_ptr + offs_s
-    _copy(
-        words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 0, first, first < last, N, K, FORMAT, GROUP, TILE_K, TILES
+    _copies(
+        words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 0, first, last, N, K, FORMAT, GROUP, TILE_K, TILES, ROUND
     )
     thread = gl.arange(0, 32 * PARTS, LANES)
     lh, q = thread % 32 // 4, thread % 4
@@ -415,9 +439,9 @@ def _panels(
     x_ptrs += thread // 32 * (TILES * TILE_K // 2) + q
     x = _load_x(x_ptrs, lh < rows, thread // 32, K, FORMAT, DTYPE, TILE_K, TILES)
     for i in gl.static_range(1, STAGES - 1):  # behind x, which would wait for all of them
-        _copy(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i, first + i < last,
-            N, K, FORMAT, GROUP, TILE_K, TILES,
+        _copies(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i * ROUND, last,
+            N, K, FORMAT, GROUP, TILE_K, TILES, ROUND,
         )  # fmt: skip
     sums = _sums(x, thread, FORMAT, DTYPE, UNIT, TILE_K, TILES)
 
@@ -428,53 +452,56 @@ def _panels(
     zero = (thread * 0).to(gl.float32)
     stage, free = first * 0, first * 0 + STAGES - 1
     thread_barrier()  # else the compiler puts one into the loop, between these copies and the first there
-    for panel in range(first, last):
-        ahead = panel + STAGES - 1
-        _copy(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, free, ahead, ahead < last,
-            N, K, FORMAT, GROUP, TILE_K, TILES,
+    for panel in range(first, last, ROUND):
+        _copies(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, free, panel + (STAGES - 1) * ROUND, last,
+            N, K, FORMAT, GROUP, TILE_K, TILES, ROUND,
         )  # fmt: skip
         async_copy.wait_group(STAGES - 1)
-        acc = (zero, zero, zero, zero)
-        for tile in gl.static_range(TILES):
-            acc = _consume(
-                acc, words[tile], scales[tile * UNITS : (tile + 1) * UNITS], zeros[tile * UNITS : (tile + 1) * UNITS], stage,
-                x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS], FORMAT, DTYPE, SCALE, UNIT, TILE_K, LANES,
-            )  # fmt: skip
-        a0, a1, a2, a3 = acc
-        memory.store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
-        total = gl.sum(memory.reshape((PARTS, 128)).load(OUT), 0)
-        total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
-        gl.store(y_ptrs + panel * 16, total, mask=offs_m < rows)
+        for p in gl.static_range(ROUND):
+            acc = (zero, zero, zero, zero)
+            for tile in gl.static_range(TILES):
+                acc = _consume(
+                    acc, words[tile], scales[tile * UNITS : (tile + 1) * UNITS], zeros[tile * UNITS : (tile + 1) * UNITS],
+                    stage * ROUND + p, x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS],
+                    FORMAT, DTYPE, SCALE, UNIT, TILE_K, LANES,
+                )  # fmt: skip
+            a0, a1, a2, a3 = acc
+            memory[p].store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
+        for p in gl.static_range(ROUND):
+            total = gl.sum(memory[p].reshape((PARTS, 128)).load(OUT), 0)
+            total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
+            gl.store(y_ptrs + (panel + p) * 16, total, mask=(offs_m < rows) & (panel + p < last))
         free = stage
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)
 
 
-@gluon.jit(do_not_specialize=["S", "E", "LIMIT"])
+@gluon.jit(do_not_specialize=["S", "E", "LIMIT", "RESIDENT"])
 def hopper_decode_kernel(
-    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr, S, E, LIMIT, stride_xm,
+    y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr, S, E, LIMIT, RESIDENT, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
     TILE_K: gl.constexpr, CONDITION: gl.constexpr, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr,
-    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """CONDITION: 0 decode; 1 only if no expert has more than LIMIT rows."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
     EXPERTS: gl.constexpr = gl.BlockedLayout([BLOCK_E // 32], [32], [PARTS], [0])  # every warp has all
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     UNITS: gl.constexpr = TILES * (TILE_K // _unit(GROUP, TILE_K))
-    words, scales, zeros = (), (), ()
+    words, scales, zeros, memory = (), (), (), ()
     for _tile in gl.static_range(TILES):
         words = words + (
-            gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, TILE_K * code_bits(FORMAT) // 2], PLAIN),
+            gl.allocate_shared_memory(gl.int32, [STAGES * ROUND, PARTS, TILE_K * code_bits(FORMAT) // 2], PLAIN),
         )
     for _unit_ in gl.static_range(UNITS):
-        scales = scales + (gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES, PARTS, 16], PLAIN),)
+        scales = scales + (gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES * ROUND, PARTS, 16], PLAIN),)
         if SCALE == gl.float32 and is_asym(FORMAT):
-            zeros = zeros + (gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, PARTS, 16], PLAIN),)
-    memory = gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], PLAIN)
+            zeros = zeros + (gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES * ROUND, PARTS, 16], PLAIN),)
+    for _panel in gl.static_range(ROUND):
+        memory = memory + (gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], PLAIN),)
     w_ptr = w_ptr.to(gl.pointer_type(gl.int32))
-    start, stop, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
+    start, stop, blocks, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
     panels = gl.max(ends, 0) * (N // 16)
     rows = gl.max(stop, 0)
     if CONDITION == 1:
@@ -482,21 +509,26 @@ def hopper_decode_kernel(
         panels = gl.where(decode, panels, 0)
         rows = gl.where(decode, rows, S)
     program, programs = gl.program_id(0), gl.num_programs(0)
-    first = program * (panels // programs) + gl.minimum(program, panels % programs)
-    last = first + panels // programs + (program < panels % programs).to(gl.int32)
-    expert, row, block_rows = _find(start, stop, ends, first // (N // 16), EXPERTS)
+    late = gl.where(programs > RESIDENT, panels // TAIL, 0)
+    if program < RESIDENT:
+        first, last = _share(panels - late, program, gl.minimum(programs, RESIDENT))
+    else:
+        first, last = _share(late, program - RESIDENT, programs - RESIDENT)
+        first += panels - late
+        last += panels - late
+    expert, row, block_rows = _find(start, stop, blocks, ends, first // (N // 16), EXPERTS)
     while first < last:
         block = first // (N // 16)
         end = gl.minimum(last, (block + 1) * (N // 16))
         _panels(
             y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, block_rows,
             first - block * (N // 16), end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES,
-            STAGES, LANES,
+            STAGES, ROUND, LANES,
         )  # fmt: skip
         first = end
         if first < last:  # what was known of the experts would take registers until here
-            start, stop, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
-            expert, row, block_rows = _find(start, stop, ends, first // (N // 16), EXPERTS)
+            start, stop, blocks, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
+            expert, row, block_rows = _find(start, stop, blocks, ends, first // (N // 16), EXPERTS)
     for r in range(rows + program, S, programs):
         for n in range(0, N, 32 * PARTS):
             offs_n = n + gl.arange(0, 32 * PARTS, LANES)
@@ -511,16 +543,22 @@ class HopperDecodeConfig:
     Attributes:
         parts: of K, one a warp: a power of two.
         tiles: of a part.
-        stages: panels in shared memory.
+        stages: rounds in shared memory.
+        round: panels that are computed together.
         registers: of a thread at most.
-        programs: that share the panels.
+        resident: programs that run at a time, each with an equal share of the panels.
+        programs: with those that follow where one of these has ended, and share the last
+        tail: panels of this many.
     """
 
     parts: int
     tiles: int
     stages: int
+    round: int
     registers: int
+    resident: int
     programs: int
+    tail: int = 8
 
 
 MAX_PARTS, PART_K = 16, 512  # x of more k does not stay in registers
@@ -530,19 +568,17 @@ MAX_STAGES, SHARED = 8, 227 * 1024
 def config(w: Operand, slots: int, processors: int) -> HopperDecodeConfig:
     """Sizes for a weight and at most so many blocks of rows.
 
-    A multiprocessor holds 16 warps of 128 registers, and as many panels as its memory holds. Not all of them read
-    equally fast, so where there are enough panels, programs are many and the fast ones take more.
+    A multiprocessor holds 16 warps of 128 registers, and as many panels as its memory holds. Not all multiprocessors
+    read equally fast: where there are enough panels, the last are for those that come to them first.
     """
     parts = 1
     while w.K > parts * PART_K:
         parts *= 2
-    resident = min(MAX_PARTS // parts, 8)
-    programs = resident * processors
-    programs *= max(1, slots * (w.N // 16) // (programs * PANELS))
-    return HopperDecodeConfig(parts, -(-w.K // (parts * _tile_k(w))), stages(w, parts, resident), 128, programs)
-
-
-PANELS = 16
+    each = min(MAX_PARTS // parts, 8)
+    resident = each * processors
+    programs = 2 * resident if slots * (w.N // 16) >= 32 * resident else resident
+    tiles = -(-w.K // (parts * _tile_k(w)))
+    return HopperDecodeConfig(parts, tiles, stages(w, parts, each), 1, 128, resident, programs)
 
 
 def stages(w: Operand, parts: int, programs: int) -> int:
@@ -582,13 +618,13 @@ def bind(
     constants: dict[str, object] = {
         "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group, "TILE_K": _tile_k(w),
         "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
-        "PARTS": c.parts, "TILES": c.tiles, "STAGES": c.stages,
+        "PARTS": c.parts, "TILES": c.tiles, "STAGES": c.stages, "ROUND": c.round, "TAIL": c.tail,
     }  # fmt: skip
     return _LAUNCH.bind(
         (w.facts, x.dtype, y.dtype, counts.dtype, stride, c, condition, experts, wide),
         y.device,
         (c.programs, 1, 1),
-        (s, experts, limit, stride),
+        (s, experts, limit, c.resident, stride),
         constants,
         c.parts,
         f"{w.format} (N={w.N}, K={w.K})",
