@@ -1,11 +1,11 @@
 """Few rows per expert on sm_90: y[r] = x[r] @ dequantize(w)[expert(r)].T, bound by reading the weights.
 
-The work is a list: for every block of at most 8 rows of one expert the panels of its weight, 16 rows x K each. A program
-takes an equal and consecutive share of the list, which it finds from the counts itself, so that every multiprocessor
-reads from the start to the end. Its warps share the K of a panel and add their parts in a fixed order.
+The work is a list: for every block of at most 8 rows of one expert the panels of its weight, 16 rows x K each. Programs
+take equal, consecutive shares of it, which they find from the counts themselves, so that every multiprocessor reads
+from the start to the end. The warps of a program share the K of a panel and add their parts in a fixed order.
 
-A part of x stays in registers, as right operands of m16n8k16. Panels are copied to shared memory, several ahead. A code
-is a matrix operand as it is:
+A part of x stays in registers, as right operands of m16n8k16. Panels are copied to shared memory, one ahead. A code is
+a matrix operand as it is:
 
     the lowest 8 bits of a bf16 (16 bits of an fp16, as far as its codes reach) count from 0 in steps of 2^-133 (2^-24)
 
@@ -13,14 +13,17 @@ so a field of a word needs a mask and no more. Where it starts above bit 0 of it
 and all of x is 2^64 times too large, to stay away from the end of the range: |x| < 2^63. A group's sum takes the scale,
 and the zero point times the sum of x, which the same instructions make of codes that are all 1: fp32 throughout.
 
+No backend launches it yet. On an H100 (torch 2.11, Triton 3.6), 192 experts, 134 of them active with 256 rows, group
+size 128, beside `decode.py`, N=3072 and 1536: int2_sym 73.7 and 78.2 us (84.6 and 83.9), int4_sym 121.8 and 123.9
+(120.2 and 121.3), int8_sym 230.0 and 231.6 (220.5 and 221.9); 8 active: int2_sym 11.3 and 11.4 (11.4 and 11.4),
+int4_sym 14.3 and 14.5 (13.1 and 13.4).
+
 Weights in "tiles" (`tile.py`). Glossary: q, lh lane 4 lh + q of a fragment: row lh and lh + 8 of a panel, columns 2 q
 and 2 q + 1; J words of a lane in a block of 64 k; V words of a lane in a row of a tile; unit: k of a tile that share
 a scale; s, h: see `dequant.py`. T threads.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 import triton
@@ -30,12 +33,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..formats import FORMATS
+from ..layouts import tile_k
+from .config import HOPPER_DECODE_MAX_K, HopperDecodeConfig
 from .dequant import code_bits, is_asym
 from .gluon_compat import async_load, thread_barrier
 from .launcher import Launch, Launcher
 from .operand import Operand
 
-__all__ = ["HopperDecodeConfig", "bind", "config", "hopper_decode_kernel", "launch", "unfit"]
+__all__ = ["bind", "hopper_decode_kernel", "launch", "unfit"]
 
 
 @triton.constexpr_function
@@ -131,7 +136,8 @@ def _enlarge_asm(fmt: str, step: int, h: int) -> str:
     """A pair of bf16, smaller as the field is higher, times 2^64."""
     field = (16 * step + 8 * h) // 8 % (16 // code_bits(fmt))
     factor = (127 + 64 - _place(fmt, True, field)) << 7
-    return f"{{.reg .b32 f, none; mov.b32 f, {factor * 0x10001:#x}; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, f, none;}}"
+    lines = f".reg .b32 f, none; mov.b32 f, {factor * 0x10001:#x}; mov.b32 none, 0x80008000;"
+    return "{" + lines + "fma.rn.bf16x2 $0, $1, f, none;}"
 
 
 @triton.constexpr_function
@@ -151,9 +157,7 @@ def _part_layout(parts: int) -> gl.DistributedLinearLayout:
     q, warp = [[0, 4], [0, 8]], [[0, 0]] * _log2(parts)
     warp[: len(q)] = q[: len(warp)]
     register += q[len(warp) :]
-    return gl.DistributedLinearLayout(
-        register, [[0, 16], [0, 32], [0, 64], [0, 2], [0, 1]], warp, [], [parts, 128]
-    )
+    return gl.DistributedLinearLayout(register, [[0, 16], [0, 32], [0, 64], [0, 2], [0, 1]], warp, [], [parts, 128])
 
 
 @triton.constexpr_function
@@ -220,8 +224,8 @@ def _copy(
     """Start to copy a panel; what lies past K, or all that is not wanted, becomes 0.
 
     Args:
-        words: of each tile of a part [STAGES, PARTS, 64 V]; apart, or the compiler puts barriers between the copies.
-        scales, zeros: of each unit [STAGES, PARTS, 16]; zeros: none if they are beside the scales.
+        words: of each tile of a part [2, PARTS, 64 V]; apart, or the compiler puts barriers between the copies.
+        scales, zeros: of each unit [2, PARTS, 16]; zeros: none if they are beside the scales.
         part: [PARTS, 1].
     """
     PARTS: gl.constexpr = words[0].shape[1]
@@ -240,20 +244,6 @@ def _copy(
             async_load(scales[tile * UNITS + unit].index(stage), s_ptrs + offs, mask=mask)
             if len(zeros) > 0:
                 async_load(zeros[tile * UNITS + unit].index(stage), z_ptrs + offs, mask=mask)
-
-
-@gluon.jit
-def _copies(
-    words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, stage, panel, last,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, TILE_K: gl.constexpr,
-    TILES: gl.constexpr, ROUND: gl.constexpr,
-):  # fmt: skip
-    """Start to copy the panels of a round, but those from `last` on."""
-    for p in gl.static_range(ROUND):
-        _copy(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, stage * ROUND + p, panel + p, panel + p < last,
-            N, K, FORMAT, GROUP, TILE_K, TILES,
-        )  # fmt: skip
     async_copy.commit_group()
 
 
@@ -296,9 +286,9 @@ def _split(t, LANES: gl.constexpr):
 @gluon.jit
 def _scale(word, SCALE: gl.constexpr):
     """A loaded scale, or what stands beside it in a word shifted down: f32."""
-    if SCALE == gl.float32:
+    if gl.float32 == SCALE:
         v = word.to(gl.float32)
-    elif SCALE == gl.bfloat16:
+    elif gl.bfloat16 == SCALE:
         v = (word << 16).to(gl.float32, bitcast=True)
     else:
         v = word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
@@ -308,7 +298,7 @@ def _scale(word, SCALE: gl.constexpr):
 @gluon.jit
 def _zero(word, SCALE: gl.constexpr):
     """The zero point in the high half of a word: f32."""
-    if SCALE == gl.bfloat16:
+    if gl.bfloat16 == SCALE:
         v = (word & -65536).to(gl.float32, bitcast=True)
     else:
         v = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
@@ -321,7 +311,7 @@ def _multiply(
     STEPS: gl.constexpr,
 ):  # fmt: skip
     V: gl.constexpr = TILE_K * code_bits(FORMAT) // 128
-    ASM: gl.constexpr = _multiply_asm(FORMAT, DTYPE == gl.bfloat16, V, FIRST, STEPS)
+    ASM: gl.constexpr = _multiply_asm(FORMAT, gl.bfloat16 == DTYPE, V, FIRST, STEPS)
     CONSTRAINTS: gl.constexpr = _multiply_constraints(V, STEPS)
     return gl.inline_asm_elementwise(
         ASM, CONSTRAINTS, words + x + c, (gl.float32, gl.float32, gl.float32, gl.float32), True, 1
@@ -342,7 +332,7 @@ def _load_x(
         for step in gl.static_range(TILE_K // 16):
             for h in gl.static_range(2):
                 pair = gl.load(x_ptrs + (tile * TILE_K + 16 * step + 8 * h) // 2, mask=wanted, other=0)
-                if DTYPE == gl.bfloat16:
+                if gl.bfloat16 == DTYPE:
                     pair = gl.inline_asm_elementwise(_enlarge_asm(FORMAT, step, h), "=r,r", [pair], gl.int32, True, 1)
                 x = x + (pair,)
     return x
@@ -378,7 +368,7 @@ def _start(words, sums, FORMAT: gl.constexpr, SCALE: gl.constexpr):
     elif not is_asym(FORMAT):
         c = (sums[0], sums[1], sums[0], sums[1])
     else:
-        if SCALE == gl.float32:
+        if gl.float32 == SCALE:
             z0, z1 = words[2].to(gl.float32), words[3].to(gl.float32)
         else:
             z0, z1 = _zero(words[0], SCALE), _zero(words[1], SCALE)
@@ -409,10 +399,19 @@ def _consume(
 
 
 @gluon.jit
+def _add_parts(acc, memory):
+    """Sums of the parts, in order: [128] in the layout of `_part_layout`. memory: [T, 4]."""
+    PARTS: gl.constexpr = memory.shape[0] // 32
+    a0, a1, a2, a3 = acc
+    memory.store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
+    return gl.sum(memory.reshape((PARTS, 128)).load(_part_layout(PARTS)), 0)
+
+
+@gluon.jit
 def _panels(
     y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, rows, first, last, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
-    TILE_K: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, LANES: gl.constexpr,
+    TILE_K: gl.constexpr, TILES: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """Panels first .. last - 1 of an expert for at most 8 rows."""
     PARTS: gl.constexpr = words[0].shape[1]
@@ -430,19 +429,14 @@ def _panels(
     w_ptrs = w_ptrs + (part * (TILES * TILE) + gl.arange(0, TILE, gl.SliceLayout(0, COPY))[None, :])
     offs_s = e * (N * K // (GROUP if GROUP > 0 else K)) + gl.arange(0, 16, gl.SliceLayout(0, COPY))[None, :]
     s_ptrs, z_ptrs = s_ptr + offs_s, z_ptr + offs_s
-    _copies(
-        words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 0, first, last, N, K, FORMAT, GROUP, TILE_K, TILES, ROUND
+    _copy(
+        words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 0, first, first < last, N, K, FORMAT, GROUP, TILE_K, TILES
     )
     thread = gl.arange(0, 32 * PARTS, LANES)
     lh, q = thread % 32 // 4, thread % 4
     x_ptrs = x_ptr.to(gl.pointer_type(gl.int32)) + (row + lh).to(gl.int64) * (stride_xm // 2)
     x_ptrs += thread // 32 * (TILES * TILE_K // 2) + q
     x = _load_x(x_ptrs, lh < rows, thread // 32, K, FORMAT, DTYPE, TILE_K, TILES)
-    for i in gl.static_range(1, STAGES - 1):  # behind x, which would wait for all of them
-        _copies(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, i, first + i * ROUND, last,
-            N, K, FORMAT, GROUP, TILE_K, TILES, ROUND,
-        )  # fmt: skip
     sums = _sums(x, thread, FORMAT, DTYPE, UNIT, TILE_K, TILES)
 
     place = gl.arange(0, 128, gl.SliceLayout(0, OUT))
@@ -450,30 +444,23 @@ def _panels(
     offs_m = place // 4 % 4 * 2 + place % 2
     y_ptrs = y_ptr + row.to(gl.int64) * N + offs_m * N + offs_n
     zero = (thread * 0).to(gl.float32)
-    stage, free = first * 0, first * 0 + STAGES - 1
-    thread_barrier()  # else the compiler puts one into the loop, between these copies and the first there
-    for panel in range(first, last, ROUND):
-        _copies(
-            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, free, panel + (STAGES - 1) * ROUND, last,
-            N, K, FORMAT, GROUP, TILE_K, TILES, ROUND,
+    thread_barrier()  # else the compiler puts one into the loop, between this copy and the first there
+    for panel in range(first, last):
+        stage = (panel - first) % 2
+        _copy(
+            words, scales, zeros, w_ptrs, s_ptrs, z_ptrs, part, 1 - stage, panel + 1, panel + 1 < last,
+            N, K, FORMAT, GROUP, TILE_K, TILES,
         )  # fmt: skip
-        async_copy.wait_group(STAGES - 1)
-        for p in gl.static_range(ROUND):
-            acc = (zero, zero, zero, zero)
-            for tile in gl.static_range(TILES):
-                acc = _consume(
-                    acc, words[tile], scales[tile * UNITS : (tile + 1) * UNITS], zeros[tile * UNITS : (tile + 1) * UNITS],
-                    stage * ROUND + p, x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS],
-                    FORMAT, DTYPE, SCALE, UNIT, TILE_K, LANES,
-                )  # fmt: skip
-            a0, a1, a2, a3 = acc
-            memory[p].store(gl.reshape(gl.join(gl.join(a0, a2), gl.join(a1, a3)), (32 * PARTS, 4)))
-        for p in gl.static_range(ROUND):
-            total = gl.sum(memory[p].reshape((PARTS, 128)).load(OUT), 0)
-            total = (total * 2.0 ** _exponent(FORMAT, DTYPE == gl.bfloat16)).to(y_ptr.dtype.element_ty)
-            gl.store(y_ptrs + (panel + p) * 16, total, mask=(offs_m < rows) & (panel + p < last))
-        free = stage
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        async_copy.wait_group(1)
+        acc = (zero, zero, zero, zero)
+        for tile in gl.static_range(TILES):
+            acc = _consume(
+                acc, words[tile], scales[tile * UNITS : (tile + 1) * UNITS], zeros[tile * UNITS : (tile + 1) * UNITS],
+                stage, x[tile * XS : (tile + 1) * XS], sums[tile * SUMS : (tile + 1) * SUMS],
+                FORMAT, DTYPE, SCALE, UNIT, TILE_K, LANES,
+            )  # fmt: skip
+        total = _add_parts(acc, memory) * 2.0 ** _exponent(FORMAT, gl.bfloat16 == DTYPE)
+        gl.store(y_ptrs + panel * 16, total.to(y_ptr.dtype.element_ty), mask=offs_m < rows)
     async_copy.wait_group(0)
 
 
@@ -482,24 +469,21 @@ def hopper_decode_kernel(
     y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, counts_ptr, S, E, LIMIT, RESIDENT, stride_xm,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr,
     TILE_K: gl.constexpr, CONDITION: gl.constexpr, WIDE_SUM: gl.constexpr, BLOCK_E: gl.constexpr,
-    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, TAIL: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """CONDITION: 0 decode; 1 only if no expert has more than LIMIT rows."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
     EXPERTS: gl.constexpr = gl.BlockedLayout([BLOCK_E // 32], [32], [PARTS], [0])  # every warp has all
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     UNITS: gl.constexpr = TILES * (TILE_K // _unit(GROUP, TILE_K))
-    words, scales, zeros, memory = (), (), (), ()
+    words, scales, zeros = (), (), ()
     for _tile in gl.static_range(TILES):
-        words = words + (
-            gl.allocate_shared_memory(gl.int32, [STAGES * ROUND, PARTS, TILE_K * code_bits(FORMAT) // 2], PLAIN),
-        )
-    for _unit_ in gl.static_range(UNITS):
-        scales = scales + (gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES * ROUND, PARTS, 16], PLAIN),)
-        if SCALE == gl.float32 and is_asym(FORMAT):
-            zeros = zeros + (gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES * ROUND, PARTS, 16], PLAIN),)
-    for _panel in gl.static_range(ROUND):
-        memory = memory + (gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], PLAIN),)
+        words = words + (gl.allocate_shared_memory(gl.int32, [2, PARTS, TILE_K * code_bits(FORMAT) // 2], PLAIN),)
+    for _u in gl.static_range(UNITS):
+        scales = scales + (gl.allocate_shared_memory(s_ptr.dtype.element_ty, [2, PARTS, 16], PLAIN),)
+        if gl.float32 == SCALE and is_asym(FORMAT):
+            zeros = zeros + (gl.allocate_shared_memory(z_ptr.dtype.element_ty, [2, PARTS, 16], PLAIN),)
+    memory = gl.allocate_shared_memory(gl.float32, [32 * PARTS, 4], PLAIN)
     w_ptr = w_ptr.to(gl.pointer_type(gl.int32))
     start, stop, blocks, ends = _experts(counts_ptr, S, E, WIDE_SUM, BLOCK_E, EXPERTS)
     panels = gl.max(ends, 0) * (N // 16)
@@ -523,7 +507,7 @@ def hopper_decode_kernel(
         _panels(
             y_ptr, x_ptr, w_ptr, s_ptr, z_ptr, words, scales, zeros, memory, expert, row, block_rows,
             first - block * (N // 16), end - block * (N // 16), stride_xm, N, K, FORMAT, SCALE, GROUP, TILE_K, TILES,
-            STAGES, ROUND, LANES,
+            LANES,
         )  # fmt: skip
         first = end
         if first < last:  # what was known of the experts would take registers until here
@@ -536,76 +520,19 @@ def hopper_decode_kernel(
             gl.store(y_ptr + tl.cast(r, gl.int64) * N + offs_n, blank, mask=offs_n < N)
 
 
-@dataclasses.dataclass(frozen=True)
-class HopperDecodeConfig:
-    """Sizes of a decode.
-
-    Attributes:
-        parts: of K, one a warp: a power of two.
-        tiles: of a part.
-        stages: rounds in shared memory.
-        round: panels that are computed together.
-        registers: of a thread at most.
-        resident: programs that run at a time, each with an equal share of the panels.
-        programs: with those that follow where one of these has ended, and share the last
-        tail: panels of this many.
-    """
-
-    parts: int
-    tiles: int
-    stages: int
-    round: int
-    registers: int
-    resident: int
-    programs: int
-    tail: int = 8
-
-
-MAX_PARTS, PART_K = 16, 512  # x of more k does not stay in registers
-MAX_STAGES, SHARED = 8, 227 * 1024
-
-
-def config(w: Operand, slots: int, processors: int) -> HopperDecodeConfig:
-    """Sizes for a weight and at most so many blocks of rows.
-
-    A multiprocessor holds 16 warps of 128 registers, and as many panels as its memory holds. Not all multiprocessors
-    read equally fast: where there are enough panels, the last are for those that come to them first.
-    """
-    parts = 1
-    while w.K > parts * PART_K:
-        parts *= 2
-    each = min(MAX_PARTS // parts, 8)
-    resident = each * processors
-    programs = 2 * resident if slots * (w.N // 16) >= 32 * resident else resident
-    tiles = -(-w.K // (parts * _tile_k(w)))
-    return HopperDecodeConfig(parts, tiles, stages(w, parts, each), 1, 128, resident, programs)
-
-
-def stages(w: Operand, parts: int, programs: int) -> int:
-    """Panels that fit into the shared memory of each of so many programs on a multiprocessor."""
-    tile_k = _tile_k(w)
-    tiles, unit = -(-w.K // (parts * tile_k)) * parts, min(w.group or tile_k, tile_k)
-    apart = w.scale == tl.float32 and is_asym(w.format)
-    panel = tiles * (2 * tile_k * FORMATS[w.format].bits + 64 * (tile_k // unit) * (1 + apart))
-    return min(MAX_STAGES, (SHARED // programs - 1024 - 512 * parts) // panel)
-
-
 def unfit(w: Operand) -> str | None:
     """Why the kernel does not run on a weight, or None."""
     if w.layout not in ("tiles", "tiles128"):
         return f"needs prepared weights, these are {w.layout}"
-    if w.K > MAX_PARTS * PART_K:
-        return f"K is {w.K}; at most {MAX_PARTS * PART_K} fit"
-    if w.group and w.group % _tile_k(w) and _tile_k(w) % w.group:
-        return f"group size {w.group} neither divides nor is a multiple of {_tile_k(w)}"
+    if w.K > HOPPER_DECODE_MAX_K:
+        return f"K is {w.K}; at most {HOPPER_DECODE_MAX_K} fit"
+    tile = tile_k(FORMATS[w.format].bits, w.K)
+    if w.group and w.group % tile and tile % w.group:
+        return f"group size {w.group} neither divides nor is a multiple of {tile}"
     return None
 
 
-def _tile_k(w: Operand) -> int:
-    return 128 if w.layout == "tiles128" else 64
-
-
-_LAUNCH = Launcher(hopper_decode_kernel, "decode")
+_LAUNCH = Launcher(hopper_decode_kernel, "hopper decode")
 
 
 def bind(
@@ -614,14 +541,14 @@ def bind(
 ) -> Launch:  # fmt: skip
     """`launch` for tensors that differ from these in values alone: of y, x, w.w, w.s, w.z and counts."""
     s, experts, stride = x.shape[0], counts.shape[0], x.stride(0)
-    wide = s * experts >= 2**31
+    wide, sizes = s * experts >= 2**31, (c.parts, c.tiles, c.registers, c.tail)
     constants: dict[str, object] = {
-        "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group, "TILE_K": _tile_k(w),
-        "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
-        "PARTS": c.parts, "TILES": c.tiles, "STAGES": c.stages, "ROUND": c.round, "TAIL": c.tail,
+        "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group,
+        "TILE_K": tile_k(FORMATS[w.format].bits, w.K), "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
+        "PARTS": c.parts, "TILES": c.tiles, "TAIL": c.tail,
     }  # fmt: skip
     return _LAUNCH.bind(
-        (w.facts, x.dtype, y.dtype, counts.dtype, stride, c, condition, experts, wide),
+        (w.facts, x.dtype, y.dtype, counts.dtype, stride, sizes, condition, experts, wide),
         y.device,
         (c.programs, 1, 1),
         (s, experts, limit, c.resident, stride),
@@ -636,7 +563,8 @@ def launch(
     y: torch.Tensor, x: torch.Tensor, w: Operand, counts: torch.Tensor, c: HopperDecodeConfig, limit: int = 0,
     condition: int = 0,
 ) -> None:  # fmt: skip
-    """y: [S, N]; x: [S, K], of an even stride, at a multiple of 4 bytes; w: `unfit` says None; counts: [E]; int32 or int64.
+    """y: [S, N]; x: [S, K], of an even stride, at a multiple of 4 bytes; w: that is not `unfit`; counts: [E];
+    int32 or int64.
 
     limit, condition: 0 decode; 1 only if no expert has more than limit rows.
     """
