@@ -2,7 +2,8 @@
 
 The work is a list: for every block of at most 8 rows of one expert the panels of its weight, 16 rows x K each. Programs
 take equal, consecutive shares of it, which they find from the counts themselves, so that every multiprocessor reads
-from the start to the end. The warps of a program share the K of a panel and add their parts in a fixed order.
+from the start to the end; of a long list the last eighth is shared by programs that follow where one has ended. The
+warps of a program share the K of a panel and add their parts in a fixed order.
 
 A part of x stays in registers, as right operands of m16n8k16. Panels are copied to shared memory, one ahead. A code is
 a matrix operand as it is:
@@ -544,8 +545,8 @@ def bind(
     wide, sizes = s * experts >= 2**31, (c.parts, c.tiles, c.registers, c.tail)
     constants: dict[str, object] = {
         "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": w.group,
-        "TILE_K": tile_k(FORMATS[w.format].bits, w.K), "CONDITION": condition, "WIDE_SUM": wide, "BLOCK_E": max(32, triton.next_power_of_2(experts)),
-        "PARTS": c.parts, "TILES": c.tiles, "TAIL": c.tail,
+        "TILE_K": tile_k(FORMATS[w.format].bits, w.K), "CONDITION": condition, "WIDE_SUM": wide,
+        "BLOCK_E": max(32, triton.next_power_of_2(experts)), "PARTS": c.parts, "TILES": c.tiles, "TAIL": c.tail,
     }  # fmt: skip
     return _LAUNCH.bind(
         (w.facts, x.dtype, y.dtype, counts.dtype, stride, sizes, condition, experts, wide),
