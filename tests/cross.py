@@ -46,7 +46,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 BETWEEN = ("sort", *(f"gate-{name}" for name in between.ACTIVATIONS), "combine")
-KERNELS = ("prefill", "decode", "decode-auto", "hopper-decode", "schedule", "permute", *BETWEEN)
+KERNELS = ("prefill", "decode", "decode-auto", "schedule", "permute", *BETWEEN)
 QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt.quantized)
 N, K, ROWS, EXPERTS = 3072, 1536, 4096, 256  # the recorded workload's projection
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,7 +58,7 @@ class Build:
     """A kernel to compile.
 
     Attributes:
-        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
+        kernel: one of `KERNELS`, or hopper-decode (`test_cross_hopper_decode.py`); decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
         layout: "tiles", "public", "strided" (unquantized [E, N, K]) or "transposed" (memory order [E, K, N]).
         dtype, scales: of the activations and of the scales.
         group: group size; None for K.
