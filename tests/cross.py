@@ -58,7 +58,8 @@ class Build:
     """A kernel to compile.
 
     Attributes:
-        kernel: one of `KERNELS`, or hopper-decode (`test_cross_hopper_decode.py`); decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
+        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts. Or
+            hopper-decode, see `test_cross_hopper_decode.py`.
         layout: "tiles", "public", "strided" (unquantized [E, N, K]) or "transposed" (memory order [E, K, N]).
         dtype, scales: of the activations and of the scales.
         group: group size; None for K.
