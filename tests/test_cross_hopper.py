@@ -45,9 +45,15 @@ def test_compiles_for_sm_90(k: int) -> None:
     options = {"num_warps": 4, "maxnreg": hopper_prefill.REGISTERS, "enable_fp_fusion": True, "debug": False}
     kwargs = {**hopper_prefill.constants(w), **options}
     binder = create_function_from_signature(fn.signature, fn.params, backend)
-    bound, specialization, rest = binder(*hopper_prefill.arguments(y, x, w, tiles, 256), **kwargs)
+    arguments = hopper_prefill.arguments(y, x, w, tiles, 256)
+    bound, specialization, rest = binder(*arguments, **kwargs)
     rest, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, rest)
     kernel = triton.compile(GluonASTSource(fn, signature, constants, attributes), target=target, options=rest.__dict__)
+    descriptors = [a for a in arguments if isinstance(a, hopper_prefill.TensorDescriptor)]
+    encoded = [(meta["block_size"], meta["elem_size"]) for meta in kernel.metadata.tensordesc_meta]
+    assert encoded == [
+        (d.block_shape, d.base.element_size()) for d in descriptors
+    ]  # in order: `launcher.py` counts on it
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -20,14 +20,14 @@ import torch
 from test_report import BF16, INT4, MM, clip, grouped, markdown_rows, record
 
 from qexperts import FORMATS, dequantize, quantize
-from qexperts.backends import Problem, cpu_backend, explain, triton_backend
-from qexperts.bench import cpu_peers, fused, humming, report, run, timing
+from qexperts.backends import BACKENDS, Problem, cpu_backend, explain, hopper_backend, triton_backend
+from qexperts.bench import cpu_peers, humming, report, run, timing
 from qexperts.bench.binding import Bound, Refused
 from qexperts.bench.candidates import Candidate, enumerate_candidates
 from qexperts.bench.fused import FusedProvider
 from qexperts.bench.humming import HummingProvider, packed
 from qexperts.bench.measure import measure_workload
-from qexperts.bench.providers import Binder
+from qexperts.bench.providers import Binder, _provider
 from qexperts.bench.records import Record, record_from_json
 from qexperts.bench.roofline import Ceilings
 from qexperts.bench.timing import issue_us
@@ -180,7 +180,7 @@ def test_int8_rows_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> N
     w = workload()
     provider = FusedProvider(w, make_inputs(w, CPU))
     candidate = Candidate(Strategy("grouped"), "fused", provider="fused", layout="prepared", activation_format="int8")
-    problem = provider._problem(candidate, make_inputs(w, CPU).weight)
+    problem = provider._problem(candidate)
     answers = {a.backend: a.reason for a in explain(dataclasses.replace(problem, device=GPU))}
     assert answers["torch"] == "does not quantize activations to int8" and answers["triton"]
 
@@ -202,19 +202,42 @@ def test_a_cpu_gives_the_backends_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(r.median_ms is None and r.samples_ms == [] for r in records)
 
 
+def test_fused_is_what_auto_picks_and_a_backend_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_backend, "_no_device", lambda device: None)
+    monkeypatch.setattr(triton_backend, "no_device", lambda device, dtype: None)
+    w = workload(n=128, k=256, group_size=128)
+    t = make_inputs(w, CPU)
+    providers = {name: _provider(name, GPU)(w, t) for name in ("fused", "triton", "hopper")}
+    rows = {
+        (layout, phase): Candidate(Strategy("grouped"), "fused", layout=layout, phase=phase)
+        for layout in ("prepared", "public")
+        for phase in ("prefill", "decode", "auto")
+    }
+    picked = {key: providers["fused"]._backend(c) for key, c in rows.items()}
+    assert picked == {key: "hopper" if key[0] == "prepared" and key[1] != "decode" else "triton" for key in rows}
+    for name in ("triton", "hopper"):
+        assert {providers[name]._backend(c) for c in rows.values()} == {name}
+    public = rows["public", "prefill"]
+    assert providers["hopper"].refuse(public) == "reads prepared weights only: prepare() them"
+    assert [p.refuse(rows["prepared", "prefill"]) for p in providers.values()] == [None] * 3
+    assert providers["fused"].refuse(public) is None
+
+
+def test_rows_of_named_backends_are_those_of_fused() -> None:
+    w, of = workload(), lambda name: enumerate_candidates(w, GPU, STRATEGIES, ["raw", "wrapper"], [name])
+    for name in ("triton", "hopper"):
+        assert [dataclasses.replace(c, provider="fused") for c in of(name)] == of("fused")
+    assert run._providers("triton,hopper,torch", GPU) == ["triton", "hopper", "torch"]
+
+
 def test_a_layout_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    yes = [dataclasses.replace(explain_one(), backend="triton", ok=True, reason="")]
-    monkeypatch.setattr(fused, "explain", lambda problem: yes)
+    yes = dataclasses.replace(BACKENDS["triton"], supports=lambda problem: (None, "", False))
+    monkeypatch.setitem(BACKENDS, "triton", yes)  # type: ignore[arg-type]
     w = workload(k=80)
     provider = FusedProvider(w, make_inputs(w, CPU))
     candidate = Candidate(Strategy("grouped"), "fused", provider="fused", layout="prepared", phase="prefill")
     assert provider.refuse(candidate) == "K=80 is not a multiple of 64"
     assert provider.refuse(dataclasses.replace(candidate, layout="public")) is None
-
-
-def explain_one() -> Any:
-    t = make_inputs(workload(), CPU)
-    return explain(FusedProvider(workload(), t)._problem(Candidate(None, "fused"), t.weight))[0]
 
 
 # ---- in Triton's interpreter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,9 +17,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from triton import knobs
+from triton.experimental.gluon import language as gl
 
 from qexperts.kernels import launcher
-from qexperts.kernels.launcher import Launch, Launcher
+from qexperts.kernels.launcher import Launch, Launcher, View
 
 CPU = torch.device("cpu")
 STREAM = 77
@@ -152,3 +155,138 @@ def test_only_a_kernel_that_is_not_compiled_is_refused_in_a_capture(monkeypatch:
     with pytest.raises(RuntimeError, match=r"the some kernel for this is not compiled yet.*call once"):
         launch(x[1:])
     assert len(kernel.compiled) == 1
+
+
+# ---- descriptors
+
+
+class Described(Compiled):
+    """A kernel of Triton 3.6 with descriptors: `run` is its launcher around a function around the driver's."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        ran, encoded = kernel.ran, kernel.encoded
+
+        def launcher(*args: Any) -> None:
+            ran.append(args)
+
+        def inner(*args: Any) -> None:
+            encoded.append("anew")
+            launcher(*args)
+
+        self.run = CudaLauncher(inner)
+        self.metadata = SimpleNamespace(tensordesc_meta=["first", "second"])
+
+
+class CudaLauncher:
+    global_scratch_size = profile_scratch_size = launch_cooperative_grid = launch_pdl = 0
+
+    def __init__(self, launch: Any) -> None:
+        self.launch = launch
+
+
+class DescribedKernel(Kernel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.compiled.append((grid, args, options))
+            return Described(self) if launcher._TRITON_3_6 else Compiled(self)
+
+        return call
+
+
+def views() -> tuple[View | int, ...]:
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    shapes: tuple[Any, ...] = ((8, 64), (64, 1), (8, 64), layout)
+    return View(1, torch.bfloat16, *shapes), 0, View(1, torch.bfloat16, (16, 64), (32, 1), (16, 64), layout)
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> DescribedKernel:
+    kernel = DescribedKernel()
+    monkeypatch.setattr(launcher, "_ENCODED", {})
+
+    def encode(placed: Any, meta: str) -> list[object]:
+        kernel.encoded.append((placed.base.data_ptr(), meta))
+        return [f"{meta} at {placed.base.data_ptr()}", *placed.shape, *placed.strides]
+
+    monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", encode)
+    return kernel
+
+
+def test_descriptors_are_encoded_once_for_an_address(
+    described: DescribedKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_TRITON_3_6", True)
+    of = Launcher(described, "some")
+    y, x, other = (aligned(512, dtype=torch.bfloat16) for _ in range(3))
+    launch = of.bind("key", CPU, (3, 2, 1), (5,), {"FLAG": True}, 4, "this", views(), {"maxnreg": 128})
+    launch(y, x)
+    ((grid, args, options),) = described.compiled
+    assert (grid, args[1], args[3:]) == ((3, 2, 1), y, (5,))
+    assert [(a.shape, a.base.data_ptr()) for a in (args[0], args[2])] == [
+        ([8, 64], x.data_ptr()), ([16, 64], x.data_ptr()),
+    ]  # fmt: skip
+    assert options == {"FLAG": True, "num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+    for given in (x, x, other, x):
+        launch(y, given)
+    again = of.bind("key", CPU, (3, 2, 1), (5,), {"FLAG": True}, 4, "this", views(), {"maxnreg": 128})
+    again(y, x)
+    assert described.encoded == [(t.data_ptr(), meta) for t in (x, other) for meta in ("first", "second")]
+    a = x.data_ptr()
+    head = (3, 2, 1, STREAM, "function", 0, 0, None, None, "metadata", None, None, None)
+    first, second = (f"first at {a}", 8, 64, 64, 1), (f"second at {a}", 16, 64, 32, 1)
+    assert described.ran[0] == described.ran[-1] == (*head, *first, y.data_ptr(), *second, 5, True)
+    assert len(described.compiled) == 1
+
+
+def test_encodings_are_bounded(described: DescribedKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_TRITON_3_6", True)
+    monkeypatch.setattr(launcher, "_MAX_ENCODED", 6)
+    launch = Launcher(described, "some").bind("key", CPU, (1, 1, 1), (), {}, 4, "this", views())
+    memory = [aligned(512, dtype=torch.bfloat16) for _ in range(20)]
+    for x in memory:
+        launch(memory[0], x)
+    assert 0 < len(launcher._ENCODED) <= 6
+
+
+def test_other_releases_encode_themselves(described: DescribedKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_TRITON_3_6", False)
+    y, x = (aligned(512, dtype=torch.bfloat16) for _ in range(2))
+    launch = Launcher(described, "some").bind("key", CPU, (3, 2, 1), (), {}, 4, "this", views())
+    launch(y, x)
+    launch(y, x)
+    ((*head, first, address, second),) = described.ran
+    assert head == [3, 2, 1, STREAM, "function", "metadata", None, None, None] and address == y.data_ptr()
+    assert [(d.shape, d.strides, d.base.data_ptr()) for d in (first, second)] == [
+        ((8, 64), (64, 1), x.data_ptr()), ((16, 64), (32, 1), x.data_ptr()),
+    ]  # fmt: skip
+
+
+def test_the_installed_driver_takes_what_stands_for_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own encoding, around a driver that writes down what it is asked, and its launcher within."""
+    asked: list[tuple[Any, ...]] = []
+    ran: list[tuple[Any, ...]] = []
+    fill = lambda *args: asked.append(args) or "map"  # noqa: E731
+    utils = SimpleNamespace(fill_tma_descriptor=fill, fill_tma_descriptor_tiled=fill)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    module = importlib.import_module("triton.backends.nvidia.driver")
+    view = views()[2]
+    assert isinstance(view, View)
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [16, 64], "fp4_padded": False}
+    signature = {0: "*bf16", 1: "tensordesc<bf16[16, 64],NVMMASharedLayout()>"}
+    run = module.wrap_handle_tensordesc(lambda *args: ran.append(args), signature, [meta])
+    placed, base = launcher._Placed(view, 4096), (0,) * 13
+    if launcher._TRITON_3_6:
+        run(*base, "y", placed)
+        found = ran[0][13:]
+        assert launcher._encode(view, meta, 4096) == found[1:]
+        assert inspect.getclosurevars(run).nonlocals["launcher"](1) is None and ran[1] == (1,)
+    else:
+        run(*base, ("y", placed))
+        found = ran[0][-1]
+    assert tuple(found) == ("y", "map", 16, 64, 32, 1)
+    assert asked[0][0] == 4096 and asked[0][1:3] == (3, 2) and list(asked[0][4]) == [16, 64]

@@ -98,7 +98,8 @@ _shared = _options(
     _GROUP_SIZE,
     _formats("all"),
     click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
-    click.option("--provider", help="Comma list of torch, fused (kernels on packed weights) and the peers humming "
+    click.option("--provider", help="Comma list of torch, fused (kernels on packed weights), of its backends on GPUs "
+                 "triton and hopper by name, and the peers humming "
                  "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights), ark (CPU: auto-round-lib) and "
                  "ggml (CPU: llama-cpp-python), or all.  "
                  "[default: torch,fused; torch without Triton or, on a CPU, Numba]"),

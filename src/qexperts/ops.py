@@ -5,10 +5,12 @@ Under torch.compile and fake tensors they call the operators of `library.py` ins
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from .backends import Backend, Call, Problem, select
+from .backends import BACKENDS, Backend, Call, Problem, select
 from .checks import (
     PackedCall,
     check_activation_format,
@@ -235,7 +237,10 @@ def prepare(weight: QuantWeight, backend: str = "auto", *, keep_source: bool = F
     _check_public(where, weight)
     half = torch.float16 in (weight.scale_dtype, weight.codes.dtype)
     x = torch.empty(0, weight.K, dtype=torch.float16 if half else torch.bfloat16, device=weight.device)
-    chosen = select(Problem.of(where, x, weight), backend)
+    problem = Problem.of(where, x, weight)
+    if backend in BACKENDS and BACKENDS[backend].no_layout(weight) is None:  # may read no other layout than its own
+        problem = dataclasses.replace(problem, weight_layout=BACKENDS[backend].layout)
+    chosen = select(problem, backend)
     if chosen.layout == "public" or chosen.no_layout(weight) is not None:
         return weight
     source = weight.with_tensors(*(t.clone() for t in weight.tensors)) if keep_source else weight

@@ -27,12 +27,17 @@ counts_lists = st.lists(
 
 
 def scheduled(
-    counts: list[int], total: int, dtype: torch.dtype = torch.int32, limit: int = 0, condition: int = 0
+    counts: list[int],
+    total: int,
+    dtype: torch.dtype = torch.int32,
+    limit: int = 0,
+    condition: int = 0,
+    split: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel writes into its buffer, and into a result [S, 16] that was NaN."""
     buffer = framed(torch.full((schedule.size(total, len(counts)),), -7, dtype=torch.int32))
     y = unwritten(total, 16, dtype=torch.bfloat16)
-    schedule.launch(buffer, y, torch.tensor(counts, dtype=dtype), limit, condition)
+    schedule.launch(buffer, y, torch.tensor(counts, dtype=dtype), limit, condition, split)
     assert guards_hold(buffer) and guards_hold(y)
     return buffer, y
 
@@ -89,6 +94,21 @@ def test_condition_of_a_schedule(counts: list[int], limit: int) -> None:
     else:
         assert buffer[0] == 0
         assert y.isnan().all()
+
+
+def test_tiles_that_are_not_split() -> None:
+    """What remains of an expert is one tile; a class of 128 rows from 65 on."""
+    counts = [*range(16, 300, 16), 0, 97, 65]
+    total = sum(counts)
+    buffer, _ = scheduled(counts, total, split=False)
+    n = int(buffer[0])
+    _, offsets, experts, row, rows = buffer.split([4, len(counts) + 1] + [max_tiles(total, len(counts))] * 3)
+    expected = [
+        (e, int(offsets[e]) + first, min(128, count - first))
+        for e, count in sorted(enumerate(counts), key=lambda i: -i[1])
+        for first in range(0, count, 128)
+    ]
+    assert list(zip(experts[:n].tolist(), row[:n].tolist(), rows[:n].tolist(), strict=True)) == expected
 
 
 def test_size_of_a_schedule() -> None:

@@ -12,7 +12,7 @@ import torch
 from ..errors import UnsupportedError
 from ..formats import QuantWeight, WeightFormat
 from ..plan import TokenPlan
-from . import cpu_backend, torch_backend, triton_backend
+from . import cpu_backend, hopper_backend, torch_backend, triton_backend
 from .triton_backend import Call
 
 __all__ = ["BACKENDS", "Answer", "Backend", "Call", "Problem", "explain", "select"]
@@ -127,6 +127,7 @@ class Backend:
         devices: types it is made for: there `auto` says once why it is skipped.
         settle: called once with a weight that has been brought into its layout.
         bind: problem and weight -> run for other tensors of the same kind, of any S, with the least host work.
+        preferred: whether `auto` takes it where it can run, or passes it over for one that is as fast.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Backend:
     bind: Callable[[Problem, QuantWeight], Call] | None = None
     devices: tuple[str, ...] = ()
     settle: Callable[[QuantWeight], None] = lambda weight: None
+    preferred: Callable[[Problem], bool] = lambda problem: True
 
     def answer(self, problem: Problem) -> Answer:
         reason, note, syncs = self.supports(problem)
@@ -144,6 +146,15 @@ class Backend:
 
 
 BACKENDS: Mapping[str, Backend] = {
+    "hopper": Backend(
+        "hopper",
+        hopper_backend.supports,
+        hopper_backend.run,
+        hopper_backend.LAYOUT,
+        hopper_backend.no_layout,
+        hopper_backend.bind,
+        preferred=hopper_backend.preferred,  # no devices: nothing is lost where it is skipped, "triton" runs it
+    ),
     "triton": Backend(
         "triton",
         triton_backend.supports,
@@ -203,11 +214,12 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
     skipped: list[tuple[str, str]] = []
     for candidate in candidates:
         reason = candidate.supports(problem)[0]
-        if reason is None:
+        if reason is None and (backend != "auto" or candidate.preferred(problem)):
             prepared_for_it = problem.weight_layout != "public" and problem.weight_layout == candidate.layout
             for name, why in () if prepared_for_it else skipped:
                 _say_skipped(name, why)
             return candidate
-        if backend == "auto" and problem.device.type in candidate.devices and not problem.backward:
+        lost = reason is not None and problem.device.type in candidate.devices and not problem.backward
+        if reason is not None and lost and backend == "auto":
             skipped.append((candidate.name, reason))
     raise UnsupportedError(problem.where, str(problem), {c.name: c.supports(problem)[0] or "" for c in candidates})

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "DEVICES", "LAYOUT", "BoundCall", "PackedGemm", "TileTables", "decode_config_of", "interpreted", "no_layout",
-    "no_device", "permuted", "prefill_config_of", "run", "run_into", "supports",
+    "DEVICES", "LAYOUT", "BindPrefill", "BoundCall", "PackedGemm", "TileTables", "bind", "bind_prefill",
+    "decode_config_of", "describe", "interpreted", "no_device", "no_layout", "permuted", "prefill_config_of",
+    "processors", "run", "run_into", "supports",
 ]  # fmt: skip
 
 LAYOUT = "tiles"
@@ -53,7 +54,7 @@ def _nvidia(device: torch.device) -> bool:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -115,6 +116,7 @@ def no_layout(weight: QuantWeight) -> str | None:
 
 
 Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
+BindPrefill = Callable[[torch.Tensor, torch.Tensor, Any, int], Callable[..., None]]  # see `bind_prefill`
 
 
 def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
@@ -130,17 +132,29 @@ def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWe
     bind(problem, weight).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
 
 
-def bind(problem: Problem, weight: QuantWeight) -> BoundCall:
-    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone."""
+def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Callable[..., None]:
+    """The grouped GEMM of a prefill, for tensors that differ from these in values alone: of y, x, codes, scales, zeros
+    and a tile schedule. w: an `Operand`, of which no tensor is looked at."""
+    from ..kernels import prefill
+
+    c = _prefill_config(w, x.dtype, y.device)
+    return prefill.bind(y, x, w, experts, c, c.programs_per_sm * processors(y.device), _path(y.device))
+
+
+def bind(problem: Problem, weight: QuantWeight, prefill: BindPrefill = bind_prefill) -> BoundCall:
+    """`run` for every x (of any S), codes, scales, zeros and counts that differ from these in values alone.
+
+    prefill: another grouped GEMM for prefills, of the same bits.
+    """
     from ..kernels.operand import operand
 
     w = operand(weight)
-    key = (w.facts, weight.E, problem.dtype, problem.wide, problem.phase, problem.decode_threshold)
+    key = (w.facts, weight.E, problem.dtype, problem.wide, problem.phase, problem.decode_threshold, prefill)
     call = _BOUND.get(key)
     if call is None:
         if len(_BOUND) >= _MAX_BOUND:
             _BOUND.clear()
-        call = _BOUND[key] = BoundCall(problem, w)
+        call = _BOUND[key] = BoundCall(problem, w, prefill)
     return call
 
 
@@ -153,8 +167,9 @@ class BoundCall:
     """A `Call` for one kind of weight and activations. What depends on S is planned once for each S; no tensor is
     kept alive."""
 
-    def __init__(self, problem: Problem, w: Any) -> None:
+    def __init__(self, problem: Problem, w: Any, prefill: BindPrefill) -> None:
         device = problem.device
+        self._prefill = prefill
         self._n, self._wide = w.N, problem.wide
         self._w = w._replace(w=None, s=None, z=None)
         self._phase, self._limit = problem.phase, min(problem.decode_threshold, 2**31 - 1)  # S is not larger
@@ -209,12 +224,12 @@ class BoundCall:
             phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
         arguments = (y, x, self._w, counts, limit)
         if phase == "prefill":
-            return (_Prefill(*arguments, 0),)
+            return (_Prefill(*arguments, 0, self._prefill),)
         if phase == "decode":
             return (_Decode(*arguments, 0),)
         if _nvidia(x.device):  # the decode kernel has the bits of a prefill, unless it computes parts of K
             return (_Decode(*arguments, 2 if _decode_config(self._w, x.device, s, counts.shape[0]).parts > 1 else 0),)
-        return _Decode(*arguments, 1), _Prefill(*arguments, 2)
+        return _Decode(*arguments, 1), _Prefill(*arguments, 2, self._prefill)
 
 
 def _current_index(device: torch.device) -> Callable[[], int | None]:
@@ -241,7 +256,7 @@ def _prefill_config(w: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def _decode_config(w: Any, device: torch.device, rows: int, experts: int) -> Any:
     from ..kernels.config import decode_config
 
-    return decode_config(w, _nvidia(device), min(rows, experts), _processors(device))
+    return decode_config(w, _nvidia(device), min(rows, experts), processors(device))
 
 
 # Scratch is allocated in each call: torch's allocator knows streams and the pools of graphs, and keeps what is freed.
@@ -284,18 +299,26 @@ class _Prefill:
     Args:
         w: a weight, without its tensors.
         condition: 0 always, 2 if some expert has more than limit rows.
+        prefill: binds the grouped GEMM.
     """
 
     def __init__(
-        self, y: torch.Tensor, x: torch.Tensor, w: Any, counts: torch.Tensor, limit: int, condition: int
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        w: Any,
+        counts: torch.Tensor,
+        limit: int,
+        condition: int,
+        prefill: BindPrefill,
     ) -> None:
-        from ..kernels import prefill, schedule
+        from ..kernels import schedule
 
-        c, experts = _prefill_config(w, x.dtype, x.device), counts.shape[0]
+        experts = counts.shape[0]
         self._size = schedule.size(x.shape[0], experts)
         self._schedule = schedule.bind(y, counts, limit, condition)
         x, self._permute = _permutation(x, w)
-        self._prefill = prefill.bind(y, x, w, experts, c, c.programs_per_sm * _processors(y.device), _path(y.device))
+        self._prefill = prefill(y, x, w, experts)
 
     def __call__(
         self,
@@ -386,10 +409,18 @@ class PackedGemm:
         weight: of the backend's layout, or public: x is then what `permuted` makes of it.
         tables: of the schedule that is bound; None for `grouped`.
         phase: "prefill", or "decode": the kernel for few rows.
+        prefill: binds the grouped GEMM of a prefill.
     """
 
-    def __init__(self, weight: QuantWeight, take: Take, tables: TileTables | None, phase: str = "prefill") -> None:
-        self._weight, self._take, self._phase = weight, take, phase
+    def __init__(
+        self,
+        weight: QuantWeight,
+        take: Take,
+        tables: TileTables | None,
+        phase: str = "prefill",
+        prefill: BindPrefill = bind_prefill,
+    ) -> None:
+        self._weight, self._take, self._phase, self._prefill = weight, take, phase, prefill
         self._counts = [] if tables is None else tables.counts
         self._tables: tuple[torch.Tensor, ...] = ()
         self._next = 0
@@ -433,13 +464,10 @@ class PackedGemm:
         return [*restore, self._prefill_step(x, weight, out, self._tables[i])]
 
     def _prefill_step(self, x: torch.Tensor, weight: QuantWeight, out: torch.Tensor, table: torch.Tensor) -> Step:
-        from ..kernels import prefill
         from ..kernels.operand import operand
 
         w = operand(weight)
-        device = weight.device
-        c, path = prefill_config_of(weight, x.dtype), _path(device)
-        launch = prefill.bind(out, x, w, weight.E, c, c.programs_per_sm * _processors(device), path)
+        launch = self._prefill(out, x, w, weight.E)
         return Step("gemm", lambda: launch(out, x, w.w, w.s, w.z, table))
 
     def _decode_steps(
@@ -469,6 +497,13 @@ def decode_config_of(weight: QuantWeight, rows: int) -> Any:
     from ..kernels.operand import operand
 
     return _decode_config(operand(weight), weight.device, rows, weight.E)
+
+
+def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
+    """The tile sizes that are run with: those of one phase, or where the call chooses, of both."""
+    parts = [] if phase == "decode" else [prefill_config_of(weight, x.dtype)]
+    parts += [] if phase == "prefill" else [decode_config_of(weight, x.shape[0])]
+    return ", ".join(map(repr, parts))
 
 
 def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Tensor, Step | None]:

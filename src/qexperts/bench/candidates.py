@@ -11,10 +11,12 @@ import torch
 from ..strategies import Strategy
 from .workloads import Workload
 
-__all__ = ["HINTED", "LAYOUTS", "OWN", "PROVIDERS", "WAYS", "Candidate", "enumerate_candidates"]
+__all__ = ["HINTED", "LAYOUTS", "NAMED", "OWN", "PACKED", "PROVIDERS", "WAYS", "Candidate", "enumerate_candidates"]
 
 PROVIDERS: tuple[str, ...] = ("torch", "fused", "humming", "prepacked", "ark", "ggml")
-OWN: tuple[str, ...] = ("torch", "fused")  # the others are peers, packages of their own
+NAMED: tuple[str, ...] = ("triton", "hopper")  # of the backends that "fused" picks from, one
+PACKED: tuple[str, ...] = ("fused", *NAMED)  # our kernels on packed weights
+OWN: tuple[str, ...] = ("torch", *PACKED)  # the others are peers, packages of their own
 LAYOUTS: tuple[str, ...] = ("prepared", "public")
 HINTED = "unified_hinted"
 WAYS: tuple[str, ...] = ("always_prefill", "always_decode", "manual_branch", "unified_auto", HINTED)  # to call a layer
@@ -80,10 +82,10 @@ def enumerate_candidates(
     for provider in providers:
         if provider == "torch":
             found += _torch(workload, device, strategies, apis)
-        elif provider == "fused":
-            found += _fused(workload, device, strategies, apis, layouts)
+        elif provider in PACKED:
+            found += _fused(provider, workload, device, strategies, apis, layouts)
             if activation_format is not None and workload.format.kind == "int":
-                grouped = _fused(workload, device, [Strategy("grouped")], apis, layouts)
+                grouped = _fused(provider, workload, device, [Strategy("grouped")], apis, layouts)
                 found += [dataclasses.replace(c, activation_format=activation_format) for c in grouped]
         else:
             found += _peer(provider, device, apis, tries)
@@ -117,6 +119,7 @@ def _torch(
 
 
 def _fused(
+    provider: str,
     workload: Workload,
     device: torch.device,
     strategies: Sequence[Strategy],
@@ -134,7 +137,7 @@ def _fused(
     found: list[Candidate] = []
     for layout in layouts:
         for api in apis:
-            make = _maker("fused", "fused", layout, api)
+            make = _maker(provider, "fused", layout, api)
             if api == "raw":
                 found += [make(strategy, phase=hint) for strategy in strategies]
                 found += [make(None, phase="auto")] if hint == "decode" else []

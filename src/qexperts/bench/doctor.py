@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 
 import torch
@@ -9,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..backends import BACKENDS, Problem, cpu_backend, explain, triton_backend
+from ..backends import BACKENDS, Problem, cpu_backend, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
 from . import cpu_peers, ggml, humming
 from .environment import device_name, environment, pick_device, version_of
@@ -75,18 +76,20 @@ def _peer() -> str:
 
 
 def _matrix(device: torch.device, dtype: str) -> Table:
-    """Formats with equal answers share a row."""
+    """Each backend on weights in its own layout. Formats with equal answers share a row."""
     n, k = PROJECTIONS[0]
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name in BACKENDS:
+    for name, backend in BACKENDS.items():
         for fmt in FORMATS.values():
             cells = []
             for phase, s in (("prefill", 31440), ("decode", 8)):
-                answer = next(a for a in explain(_problem(fmt, device, dtype, phase, s, n, k)) if a.backend == name)
+                layout = backend.layout if fmt.quantized else "public"
+                problem = _problem(fmt, device, dtype, phase, s, n, k)
+                answer = backend.answer(dataclasses.replace(problem, weight_layout=layout))
                 sync = " [yellow](host sync)[/]" if answer.syncs else ""
                 cells.append(f"[green]yes[/]: {answer.note}{sync}" if answer.ok else f"[red]no[/]: {answer.reason}")
             rows.setdefault((name, *cells), []).append(fmt.name)
-    title = f"What runs on {device} with {dtype} activations (N={n} K={k}, group 128, 256 experts)"
+    title = f"What runs on {device} with {dtype} activations (N={n} K={k}, group 128, 256 experts, prepared weights)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
     for column in ("backend", "formats", "prefill, 31,440 rows", "decode, 8 rows"):
         table.add_column(column, overflow="fold")

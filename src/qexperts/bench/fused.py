@@ -1,14 +1,18 @@
-"""Provider "fused": the strategies, and the public calls, on kernels that read the packed weights."""
+"""The strategies, and the public calls, on kernels that read the packed weights.
+
+Provider "fused" is the backend that `auto` picks for each row; providers "triton" and "hopper" are those backends.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ..backends import Problem, explain, select, triton_backend
+from ..backends import BACKENDS, Problem, hopper_backend, select, triton_backend
 from ..formats import QuantWeight
 from ..ops import grouped_gemm, moe, prepare
 from ..plan import TokenPlan
@@ -20,38 +24,42 @@ from .workloads import Workload
 
 __all__ = ["FusedProvider", "PackedProvider"]
 
-BACKEND = "triton"
+# Those that share a prepared layout. The one that reads everything the others do comes first.
+GPU_BACKENDS = {"triton": triton_backend, "hopper": hopper_backend}
 
 
 class PackedProvider:
-    """What providers share whose backend reads packed weights. The prepared copy of the weight is made once.
+    """What providers share whose backends read packed weights. The prepared copy of the weight is made once.
 
     Args:
-        backend: its name.
-        no_layout: of the backend: why it has no prepared layout for a weight.
+        names: of the backends, all of one prepared layout: of several, the one that `auto` picks for a candidate, else
+            the first.
     """
 
-    def __init__(self, tensors: Inputs, backend: str, no_layout: Callable[[QuantWeight], str | None]) -> None:
-        self._t = tensors
-        self._backend, self._no_layout = backend, no_layout
+    def __init__(self, tensors: Inputs, names: Sequence[str]) -> None:
+        self._t, self._names = tensors, names
         self._prepared: QuantWeight | None = None
 
     def refuse(self, candidate: Candidate) -> str | None:
-        problem = self._problem(candidate, self._t.weight)
-        answer = next(a for a in explain(problem) if a.backend == self._backend)
-        if not answer.ok:
-            return answer.reason
-        if candidate.layout == "prepared":
-            return self._no_layout(self._t.weight)
-        chosen = select(problem).name
-        if candidate.api == "wrapper" and chosen != self._backend:
+        if candidate.layout == "prepared" and (reason := BACKENDS[self._names[0]].no_layout(self._t.weight)):
+            return reason
+        problem, name = self._problem(candidate), self._backend(candidate)
+        if reason := BACKENDS[name].supports(problem)[0]:
+            return reason
+        if candidate.api == "wrapper" and candidate.layout == "public" and (chosen := select(problem).name) != name:
             return f"moe() takes the backend {chosen} here"
         return None
+
+    def _backend(self, candidate: Candidate) -> str:
+        """Which of them runs a candidate."""
+        problem, runs = self._problem(candidate), [b for b in BACKENDS.values() if b.name in self._names]
+        picked = (b.name for b in runs if b.preferred(problem) and b.supports(problem)[0] is None)
+        return next(picked, self._names[0])
 
     def _public(self, candidate: Candidate, weight: QuantWeight) -> Callable[[], torch.Tensor]:
         t, w, fmt = self._t, weight, weight.format
         if candidate.layout == "prepared":
-            how = {"backend": self._backend, "activation_format": candidate.activation_format}
+            how = {"backend": self._backend(candidate), "activation_format": candidate.activation_format}
             return lambda: grouped_gemm(t.x, w, TokenPlan.from_counts(t.counts, t.x.shape[0]), **how)
         options = {
             "scales": w.scales, "zeros": w.zeros, "weight_bits": fmt.bits, "group_size": w.group_size or 128,
@@ -59,9 +67,11 @@ class PackedProvider:
         }  # fmt: skip
         return lambda: moe(t.x, w.codes, t.counts, **options)
 
-    def _problem(self, candidate: Candidate, weight: QuantWeight) -> Problem:
+    def _problem(self, candidate: Candidate) -> Problem:
         phase, rounded = candidate.phase or "auto", candidate.activation_format
-        return Problem.of("bench", self._t.x, weight, phase=phase, activation_format=rounded)
+        problem = Problem.of("bench", self._t.x, self._t.weight, phase=phase, activation_format=rounded)
+        layout = "public" if candidate.layout == "public" else BACKENDS[self._names[0]].layout
+        return dataclasses.replace(problem, weight_layout=layout)
 
     def _schedule(self, strategy: Strategy) -> Schedule:
         return strategy.schedule(TokenPlan.from_counts(self._t.counts, self._t.x.shape[0]))
@@ -70,15 +80,15 @@ class PackedProvider:
         if candidate.layout == "public":
             return self._t.weight
         if self._prepared is None:
-            self._prepared = prepare(self._t.weight, self._backend, keep_source=True)
+            self._prepared = prepare(self._t.weight, self._names[0], keep_source=True)
         return self._prepared
 
 
 class FusedProvider(PackedProvider):
-    """Kernels of the backend "triton"."""
+    """Kernels of the backends on GPUs: of the one that `auto` picks, or of a named one."""
 
-    def __init__(self, workload: Workload, tensors: Inputs) -> None:
-        super().__init__(tensors, BACKEND, triton_backend.no_layout)
+    def __init__(self, workload: Workload, tensors: Inputs, names: Sequence[str] = tuple(GPU_BACKENDS)) -> None:
+        super().__init__(tensors, names)
 
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:
         strategy = candidate.strategy
@@ -91,17 +101,19 @@ class FusedProvider(PackedProvider):
         return plan
 
     def bind(self, candidate: Candidate, take: Take, dry: bool) -> Bound:
-        weight = self._weight(candidate)
-        config = _config(candidate, weight, self._t.x)
+        weight, name = self._weight(candidate), self._backend(candidate)
+        backend = GPU_BACKENDS[name]
+        config = f"{name}: {backend.describe(weight, self._t.x, candidate.phase)}"
         if candidate.api == "wrapper":
             return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
         if candidate.strategy is None:
-            return self._bind_auto(candidate, weight, take)
+            return self._bind_auto(candidate, weight, take, config)
         schedule = self._schedule(candidate.strategy)
         x, permute = self._t.x, None
         if candidate.phase == "prefill":
             x, permute = triton_backend.permuted(weight, x, take)
-        gemm = triton_backend.PackedGemm(weight, take, self._tables(schedule), candidate.phase or "prefill")
+        tables, phase = self._tables(schedule), candidate.phase or "prefill"
+        gemm = triton_backend.PackedGemm(weight, take, tables, phase, backend.bind_prefill)
         out = None if schedule.grouped else take((x.shape[0], weight.N), x.dtype)
         bound = schedule.bind(x, gemm, out, take)
         counts = bound.counts + Counter([permute.kind] if permute else [])
@@ -109,17 +121,17 @@ class FusedProvider(PackedProvider):
         made = bound.only("schedule") if schedule.grouped else None
         return Bound(run, counts, schedule.padded_rows, schedule=made, config=config)
 
-    def _bind_auto(self, candidate: Candidate, weight: QuantWeight, take: Take) -> Bound:
+    def _bind_auto(self, candidate: Candidate, weight: QuantWeight, take: Take, config: str) -> Bound:
         """The backend's own choice by the counts, its result written in place; scratch is the package's."""
         t = self._t
         y = take((t.x.shape[0], weight.N), t.x.dtype)
-        problem = self._problem(candidate, weight)
+        problem, backend = self._problem(candidate), GPU_BACKENDS[self._backend(candidate)]
 
         def run() -> torch.Tensor:
-            triton_backend.run_into(problem, y, t.x, weight, t.counts)
+            backend.run_into(problem, y, t.x, weight, t.counts)
             return y
 
-        return Bound(run, Counter(), None, uses_scratch=False, config=_config(candidate, weight, t.x))
+        return Bound(run, Counter(), None, uses_scratch=False, config=config)
 
     def _tables(self, schedule: Schedule) -> triton_backend.TileTables | None:
         """None for one grouped launch: its schedule is made on the device, inside the clock."""
@@ -129,13 +141,3 @@ class FusedProvider(PackedProvider):
 def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     first.run()
     return run()
-
-
-def _config(candidate: Candidate, weight: QuantWeight, x: torch.Tensor) -> str:
-    phase = candidate.phase
-    parts = []
-    if phase != "decode":
-        parts.append(triton_backend.prefill_config_of(weight, x.dtype))
-    if phase != "prefill":
-        parts.append(triton_backend.decode_config_of(weight, x.shape[0]))
-    return f"{BACKEND}: {', '.join(map(repr, parts))}"

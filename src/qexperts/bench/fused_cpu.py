@@ -27,7 +27,7 @@ class CpuProvider(PackedProvider):
     """Kernels of the backend "cpu"."""
 
     def __init__(self, workload: Workload, tensors: Inputs) -> None:
-        super().__init__(tensors, BACKEND, cpu_backend.no_layout)
+        super().__init__(tensors, [BACKEND])
 
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:
         strategy = candidate.strategy
@@ -39,7 +39,7 @@ class CpuProvider(PackedProvider):
         if candidate.api == "wrapper":
             return Bound(self._public(candidate, weight), Counter(), None, uses_scratch=False, config=config)
         y = take((x.shape[0], weight.N), x.dtype)
-        problem, int8 = self._problem(candidate, weight), candidate.activation_format is not None
+        problem, int8 = self._problem(candidate), candidate.activation_format is not None
         run = functools.partial(_run_into, problem, y, x, weight, self._t.counts)
         if candidate.strategy is None:
             return Bound(run, Counter(), None, uses_scratch=False, config=config)

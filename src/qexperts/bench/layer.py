@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..backends import Answer, Problem, explain, select
+from ..backends import Answer, Problem, select
 from ..formats import QuantWeight
 from ..layer import QuantExperts
 from ..ops import prepare
@@ -141,11 +141,12 @@ def _indices(step: str, w: LayerWorkload) -> range:
     return range(1) if step == "prefill" else range(1, 1 + w.decode_steps)
 
 
-def _answer(layer: _Layer) -> Answer:
-    """Of the backend that runs ours."""
+def _answer(layer: _Layer, layout: str = "public") -> Answer:
+    """Of the backend that runs ours on weights in a layout."""
     problem = _problem(layer)
-    chosen = select(problem).name
-    return next(a for a in explain(problem) if a.backend == chosen)
+    if layout == "prepared":
+        problem = dataclasses.replace(problem, weight_layout=select(problem).layout)
+    return select(problem).answer(problem)
 
 
 def _problem(layer: _Layer) -> Problem:
@@ -183,7 +184,7 @@ def _describe(template: Record, way: _Way, step: str, layers: Sequence[_Layer]) 
     rows, tokens = int(counts[0].sum()), len(steps[0][0])
     w, x = layers[0].weights, steps[0][0]
     per_expert, states = sum(part.nbytes // part.E for part in w), 2 * tokens * x.shape[1] * x.element_size()
-    answer = _answer(layers[0])
+    answer = _answer(layers[0], way.layout)
     scope = "fused" if way.provider == "fused" else "base mm"
     return dataclasses.replace(
         template,

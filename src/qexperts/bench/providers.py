@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from ..strategies import Gemm, Schedule, Strategy, Take
 from ..testing import Inputs
 from ..workspace import arena
 from .binding import Bound, Provider
-from .candidates import Candidate
+from .candidates import PACKED, Candidate
 from .workloads import Workload
 
 __all__ = ["Binder", "TorchProvider", "torch_empty"]
@@ -58,10 +59,10 @@ def _provider(name: str, device: torch.device) -> Callable[[Workload, Inputs], P
         from .fused_cpu import CpuProvider
 
         return CpuProvider
-    if name == "fused":
+    if name in PACKED:
         from .fused import FusedProvider
 
-        return FusedProvider
+        return FusedProvider if name == "fused" else functools.partial(FusedProvider, names=[name])
     if name in ("prepacked", "ark"):
         from .cpu_peers import ArkProvider, PrepackedProvider
 

@@ -42,7 +42,7 @@ class Record:
     dtype: str  # of the activations: "bf16" | "fp16" | "fp32"
     seed: int
     # who did it and how
-    provider: str  # "torch"; "fused": kernels on packed weights; a peer's name
+    provider: str  # "torch"; "fused": kernels on packed weights; "triton", "hopper": of that backend; a peer's name
     # "per_expert" | "pad_and_clip" | "full_pad" | "grouped" | "auto": the public call; layer: how the model calls
     strategy: str
     threshold: int | None  # of pad_and_clip

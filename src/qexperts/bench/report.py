@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .candidates import HINTED, OWN
+from .candidates import HINTED, OWN, PACKED
 from .columns import (
     WHO,
     WORKLOAD,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Out = Literal["table", "md", "csv", "json"]
-OURS = "fused"
 
 _CEILINGS = (
     ("matmul", "TFLOP/s", "ceiling_tflops"),
@@ -170,12 +169,12 @@ def _peer_of(row: Row, group: Sequence[Record]) -> Record | None:
     """Of kernels on packed weights: the fastest of the other packages' launches over all experts, with torch's on
     weights that are ready; on a CPU, where that is a loop, torch's loop too. Only rows on
     rounded activations have peers on rounded ones."""
-    if row.record.provider != OURS:
+    if row.record.provider not in PACKED:
         return None
     launches = ("grouped", "per_expert") if row.record.device_type == "cpu" else ("grouped",)
     return fastest(
         r for r in group
-        if r.provider != OURS and (r.provider != "torch" or (r.scope == "base mm" and r.strategy in launches))
+        if r.provider not in PACKED and (r.provider != "torch" or (r.scope == "base mm" and r.strategy in launches))
         and (r.activation_format is None or row.record.activation_format is not None)
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from ..backends import cpu_backend, triton_backend
 from ..routing import Distribution, is_synthetic, parse_distribution, recorded
 from ..strategies import Strategy, parse_strategy
-from .candidates import LAYOUTS, PROVIDERS, Candidate, enumerate_candidates
+from .candidates import LAYOUTS, NAMED, PROVIDERS, Candidate, enumerate_candidates
 from .environment import environment, pick_device
 from .layer import measure_layer
 from .measure import measure_workload
@@ -176,7 +176,7 @@ def _providers(text: str | None, device: torch.device) -> list[str]:
     if text is None:
         backend = cpu_backend if device.type == "cpu" else triton_backend
         text = "torch,fused" if backend.installed() else "torch"
-    return list(PROVIDERS) if text == "all" else _words("--provider", text, PROVIDERS)
+    return list(PROVIDERS) if text == "all" else _words("--provider", text, (*PROVIDERS, *NAMED))
 
 
 def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:

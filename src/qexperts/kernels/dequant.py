@@ -28,6 +28,8 @@ __all__ = [
     "dequant_words",
     "fast_exponent",
     "fast_operands",
+    "fast_pairs",
+    "fast_pairs_of_word",
     "fast_words",
     "is_asym",
     "round_to",
@@ -172,7 +174,7 @@ def _fast_operands(fmt: str) -> str:
 
 
 @triton.constexpr_function
-def _fast(fmt: str) -> str:
+def _fast(fmt: str, chunk: int = -1) -> str:
     """A word of codes -> registers of two bf16 values, scaled down: word, scales for bits 0 and 4, addend.
 
     The lowest 8 bits of a bf16, its exponent's last bit among them, count from 0 in steps of 2^-133. A code stays where
@@ -183,32 +185,60 @@ def _fast(fmt: str) -> str:
     rounded once. With a zero point, whose product with the scale would not be exact, it is (c - zero) 2^-32 first.
     """
     bits = code_bits(fmt)
-    steps, word = 8 // bits, 32 // bits
+    registers = range(16 // bits)
+    word, next_input = 32 // bits, 1  # numbers of the inputs
+    if chunk >= 0:  # pairs of equal words, and only a chunk of them
+        registers = registers[4 * chunk : 4 * chunk + 4] if bits == 2 else registers
+        word, next_input = len(registers), 2
     lines = [f".reg .b32 r, none, ka, kb, m0, m2, m8, m10; mov.b32 none, 0x80008000; mov.b32 m0, ${word};"]
     if fmt.startswith("fp8"):
         shift, mask = (3, 0x0FE0) if fmt == "fp8_e5m2" else (4, 0x07F0)
         lines.append(f"shl.b32 m8, ${word}, 8;")
         for h, source in enumerate(("m8", "m0")):
             lines.append(f"and.b32 r, {source}, 0x80008000; shr.u32 m2, {source}, {shift};")
-            lines.append(f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea; fma.rn.bf16x2 r, r, ${word + 1}, none;")
-            lines.append(f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
+            lines.append(
+                f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea; fma.rn.bf16x2 r, r, ${word + next_input}, none;"
+            )
+            lines.append(f"mov.b32 ${h}, r;" if chunk >= 0 else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
         return "{" + "\n".join(lines) + "}"
     asym = fmt.endswith("_asym")
     offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
     lines += [f"shr.u32 m{at}, m0, {at};" for at in ((8,) if bits > 2 else (2, 8, 10))]
     up = 133 - fast_exponent()
     lines.append(f"mov.b32 ka, {_both(2.0**up, True)}; mov.b32 kb, {_both(2.0 ** (up - 4), True)};")
-    for i in range(2 * steps):
+    for i in registers:
         low = 4 if bits < 8 and bits * i % 8 >= 4 else 0
         a, b = ((1 << bits) - 1) << low, offset << low
         lines.append(f"lop3.b32 r, m{bits * i - low}, {a * 0x10001:#x}, {b * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
         if asym:
-            lines.append(f"fma.rn.bf16x2 r, r, {'kb' if low else 'ka'}, ${word + 3};")
-            lines.append(f"fma.rn.bf16x2 r, r, ${word + 1}, none;")
+            lines.append(f"fma.rn.bf16x2 r, r, {'kb' if low else 'ka'}, ${word + 3 * next_input};")
+            lines.append(f"fma.rn.bf16x2 r, r, ${word + next_input}, none;")
         else:
-            lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1)}, ${word + 3};")
-        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
+            lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1) * next_input}, ${word + 3 * next_input};")
+        lines.append(f"mov.b32 ${i - registers[0]}, r;" if chunk >= 0 else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
     return "{" + "\n".join(lines) + "}"
+
+
+@triton.constexpr_function
+def fast_pairs(fmt: str, chunk: int) -> str:
+    """`_fast` for pairs of equal words, scales and addends: a register of two bf16 values for each pair and step.
+
+    chunk: with 2 bits a word holds two, of 32 k each; not used with others.
+    """
+    return _fast(fmt, chunk)
+
+
+@triton.constexpr_function
+def fast_pairs_of_word(fmt: str) -> str:
+    """`_fast_operands` of a prepared scale, $3: scale in the low half, in the high half zero point or scale again."""
+    operands = _fast_operands(fmt).replace("$3", "s").replace("$4", "z")
+    if not fmt.endswith("_asym"):
+        return "{.reg .b32 s; mov.b32 s, $3;" + operands + "}"
+    one, magic = _both(-1.0, True), _both(128.0 if fmt.startswith("int8") else -128.0, True)
+    return (
+        "{.reg .b32 s, z, f, g; prmt.b32 s, $3, $3, 0x1010; prmt.b32 z, $3, $3, 0x3232;"
+        f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.bf16x2 z, z, f, g;" + operands + "}"
+    )
 
 
 @triton.constexpr_function

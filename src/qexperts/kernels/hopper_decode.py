@@ -556,7 +556,7 @@ def bind(
         constants,
         c.parts,
         f"{w.format} (N={w.N}, K={w.K})",
-        c.registers,
+        options={"maxnreg": c.registers},
     )
 
 

@@ -3,19 +3,20 @@
 A program is one producer warp and four consumer warps. The producer takes units of work, a tile of the schedule times
 128 rows of the weight, as in `prefill.py`, and keeps the copy engine busy across them: rows of x, words and scales of
 the weight go to shared memory, several blocks ahead. The consumers dequantize words in registers, as left operands of
-matrix instructions; those of one step of 32 k run while the next is dequantized. Two programs share a multiprocessor.
+matrix instructions; those of one step run while the next is dequantized. Two programs share a multiprocessor.
 
-Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k. Slots of the weight hold 128 rows x 128 k.
-No backend launches it yet. int4_sym, group size 128, bf16 activations and scales, "tiles" of 128 k; N and K are
-multiples of 128. On an H100 (torch 2.11, Triton 3.6) bit-equal to `prefill.py`, recorded workload: 0.583 and 0.570 ms
-(N=3072 and 1536, schedule included) where that takes 0.665 and 0.636.
+Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k.
+Under 8 bits the first words of a block are loaded during the block before, those of a unit during the unit before: the
+producer ends with a block without words. Results have the bits of `prefill.py`.
 Glossary: rep, warp, rh, lh a row's place in a matrix operand: 64 rep + 16 warp + 8 rh + lh; b block of 64 k, q lane of
-a fragment, J words of a lane.
+a fragment, J words of a lane; s, h, p of a code as in `dequant.py`; chunk 32 k.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,32 +28,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan import max_tiles
-from .dequant import _fast, _fast_operands, fast_exponent
+from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
 from .operand import Operand
 
-__all__ = ["REGISTERS", "arguments", "constants", "hopper_kernel", "launch"]
+__all__ = ["REGISTERS", "arguments", "constants", "hopper_kernel", "launch", "unsupported"]
 
-X_SLOTS, W_SLOTS = 5, 3  # 108 KiB: two programs share a multiprocessor
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
+INFOS = 4  # more than the units that the producer may be ahead
+SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
 
-# words of a block, [panel, row, word] = [(rep, warp), (rh, lh), (b, q, J)]
-WORDS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 8, 0], [4, 0, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[1, 0, 0], [2, 0, 0]],
-        [],
-        [8, 16, 16],
-    )
-)
 # scales of a block, [(rep, warp, rh), lh]
 SCALES = gl.constexpr(
     gl.DistributedLinearLayout(
         [[1, 0], [8, 0]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[2, 0], [4, 0]], [], [16, 8]
     )
 )
-INFOS = 4  # more than the units that the producer may be ahead
+
+
+@triton.constexpr_function
+def _words_layout(bits):  # type: ignore[no-untyped-def]
+    """Words of a block, [panel, row, word] = [(rep, warp), (rh, lh), (b, q, J)]; 8 bits: [.., (b, rh, lh), (q, J)]."""
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warps, row, rep = [[1, 0, 0], [2, 0, 0]], [0, 8, 0], [4, 0, 0]
+    if bits == 8:
+        registers, q, shape = [[0, 0, 1], [0, 0, 2], [0, 16, 0], row, rep], [[0, 0, 4], [0, 0, 8]], [8, 32, 16]
+    elif bits == 4:
+        registers, q, shape = [[0, 0, 1], [0, 0, 8], row, rep], [[0, 0, 2], [0, 0, 4]], [8, 16, 16]
+    else:
+        registers, q, shape = [[0, 0, 4], row, rep], [[0, 0, 1], [0, 0, 2]], [8, 16, 8]
+    return gl.DistributedLinearLayout(registers, q + lanes, warps, [], shape)
 
 
 @gluon.jit
@@ -75,16 +80,17 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 @gluon.jit
 def _produce_unit(
     desc, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-    N: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    N: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. END - 1 of a unit."""
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
+    ROWS: gl.constexpr = w_desc.block_shape[1]  # of words of a panel in a block
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.expect(w_full.index(wi), 8192 + 512)
-        tma_load(w_desc, [panel, k * 16, 0], w_full.index(wi), ws.index(wi))
-        tma_load(s_desc, [scale_row + k * (N // 8), 0], w_full.index(wi), ss.index(wi))
+        mbarrier.expect(w_full.index(wi), 32 * ROWS * w_desc.block_shape[2] + 512)
+        tma_load(w_desc, [panel, k * ROWS, 0], w_full.index(wi), ws.index(wi))
+        tma_load(s_desc, [scale_row + k // BLOCKS * (N // 8), 0], w_full.index(wi), ss.index(wi))
         wi, wp = _next(wi, wp, WS)
         if BM == 128:
             for h in gl.static_range(2):
@@ -110,27 +116,28 @@ def _produce_unit(
 @gluon.jit
 def _produce(
     x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, panel,
-    scale_row, N: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    scale_row, N: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr,
 ):  # fmt: skip
     if rows > 64:
         xi, xp, wi, wp = _produce_unit(
             x128, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, FIRST, END, XS, WS,
+            N, BLOCKS, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 32:
         xi, xp, wi, wp = _produce_unit(
             x64, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, FIRST, END, XS, WS,
+            N, BLOCKS, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 16:
         xi, xp, wi, wp = _produce_unit(
             x32, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, FIRST, END, XS, WS,
+            N, BLOCKS, FIRST, END, XS, WS,
         )  # fmt: skip
     else:
         xi, xp, wi, wp = _produce_unit(
             x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, FIRST, END, XS, WS,
+            N, BLOCKS, FIRST, END, XS, WS,
         )  # fmt: skip
     return xi, xp, wi, wp
 
@@ -148,7 +155,8 @@ def _tile(tiles_ptr, unit, MAX_TILES, N: gl.constexpr):
 @gluon.jit
 def _producer(
     x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty, w_full,
-    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
+    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     NK: gl.constexpr = K // 128
     AHEAD: gl.constexpr = WS if NK > WS else NK  # blocks that need not wait long
@@ -165,10 +173,10 @@ def _producer(
         mbarrier.arrive(info_full.index(i % INFOS), count=1)
         i += 1
         panel = e * (N // 16) + first_n // 16
-        scale_row = e * (N // 8 * (K // 128)) + first_n // 8
+        scale_row = e * (N // 8 * (NK // BLOCKS)) + first_n // 8
         xi, xp, wi, wp = _produce(
             x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
-            rows, panel, scale_row, N, 0, AHEAD, XS, WS,
+            rows, panel, scale_row, N, BLOCKS, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
         unit = _claim(schedule_ptr, back, units)
@@ -176,75 +184,108 @@ def _producer(
         if AHEAD < NK:
             xi, xp, wi, wp = _produce(
                 x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
-                rows, panel, scale_row, N, AHEAD, NK, XS, WS,
+                rows, panel, scale_row, N, BLOCKS, AHEAD, NK, XS, WS,
             )  # fmt: skip
         e, row, rows, first_n = next_e, next_row, next_rows, next_n
+    if _loads_ahead(FORMAT):
+        mbarrier.wait(w_empty.index(wi), wp ^ 1)
+        mbarrier.arrive(w_full.index(wi), count=1)
     infos.index(i % INFOS).store(gl.where(field == 1, 0, field * 0))
     mbarrier.arrive(info_full.index(i % INFOS), count=1)
 
 
-@gluon.jit
-def _operands(scale, FORMAT: gl.constexpr):
-    """Scales [2, 4, 2, 8] -> operands of the dequantization."""
-    ASM: gl.constexpr = _fast_operands(FORMAT)
-    return gl.inline_asm_elementwise(ASM, "=r,=r,=r,r,r", [scale, scale], (gl.int32, gl.int32, gl.int32), True, 1)
+@triton.constexpr_function
+def _loads_ahead(fmt):  # type: ignore[no-untyped-def]
+    """Whether consumers have registers for the first words of the next block."""
+    return code_bits(fmt) < 8
 
 
 @gluon.jit
-def _dequant(w, a, b, c, FORMAT: gl.constexpr):
-    """Words of 32 k [2, 4, 2, 8, 4] -> bf16 [2, 4, 2, 8, 4, 2, 2, 2]; the last of s, h, p."""
-    ASM: gl.constexpr = _fast(FORMAT)
-    o0, o1, o2, o3, o4, o5, o6, o7 = gl.inline_asm_elementwise(
-        ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
-        [w, gl.expand_dims(a, 4), gl.expand_dims(b, 4), gl.expand_dims(c, 4)],
-        (gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16), True, 1,
-    )  # fmt: skip
-    t = gl.join(gl.join(gl.join(o0, o4), gl.join(o2, o6)), gl.join(gl.join(o1, o5), gl.join(o3, o7)))
-    return t.to(gl.bfloat16, bitcast=True)
+def _words(ws, wi, HALF: gl.constexpr, FORMAT: gl.constexpr):
+    """The first or second 64 k of a slot of the weight: [2, 4, 2, 8, 4] and, but for 2 bits, J."""
+    BITS: gl.constexpr = code_bits(FORMAT)
+    LAYOUT: gl.constexpr = _words_layout(BITS)
+    w = ws.index(wi).load(LAYOUT)
+    if BITS == 8:
+        w = gl.permute(gl.reshape(w, (2, 4, 2, 2, 8, 4, 4)), (0, 1, 3, 4, 5, 6, 2))
+    elif BITS == 4:
+        w = gl.permute(gl.reshape(w, (2, 4, 2, 8, 2, 4, 2)), (0, 1, 2, 3, 5, 6, 4))
+    else:
+        w = gl.permute(gl.reshape(w, (2, 4, 2, 8, 2, 4)), (0, 1, 2, 3, 5, 4))
+    first, second = gl.split(w)
+    if HALF == 0:
+        w = first
+    else:
+        w = second
+    return w
 
 
 @gluon.jit
-def _multiply(acc, flying, w, a, b, c, block, QUARTER: gl.constexpr, FORMAT: gl.constexpr, A: gl.constexpr):
-    """acc + dequantize(w) @ 32 k of a block of x [BM, 64].
+def _step_words(w, FORMAT: gl.constexpr):
+    """Words of each step of 16 k of 64 k: four of [2, 4, 2, 8, 4]; under 8 bits steps share them."""
+    BITS: gl.constexpr = code_bits(FORMAT)
+    if BITS == 8:
+        first, second = gl.split(gl.permute(gl.reshape(w, (2, 4, 2, 8, 4, 2, 2)), (0, 1, 2, 3, 4, 6, 5)))
+        w0, w1 = gl.split(first)
+        w2, w3 = gl.split(second)
+    elif BITS == 4:
+        w0, w2 = gl.split(w)
+        w1, w3 = w0, w2
+    else:
+        w0, w1, w2, w3 = w, w, w, w
+    return w0, w1, w2, w3
 
-    Returns acc and the operand that may still be read: until then the compiler must not write over its registers.
-    """
-    t = _dequant(w, a, b, c, FORMAT)
+
+@gluon.jit
+def _operands(ss, wi, w, FORMAT: gl.constexpr):
+    """Scales of a slot of the weight as operands of the dequantization of words like w [2, 4, 2, 8, 4]."""
+    L: gl.constexpr = w.type.layout
+    s = gl.reshape(ss.index(wi).load(SCALES), (2, 4, 2, 8))
+    s = gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
+    ASM: gl.constexpr = fast_pairs_of_word(FORMAT)
+    a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r", [s], (gl.int32, gl.int32, gl.int32), True, 1)
+    return gl.join(a, a), gl.join(b, b), gl.join(c, c)
+
+
+@gluon.jit
+def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr):
+    """Words of the two steps of a chunk -> bf16 [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; 2^`fast_exponent` too
+    small."""
+    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK)
+    u = gl.join(u, u)  # an element for p = 0 and one for p = 1, which the assembly makes together
+    if code_bits(FORMAT) == 8:
+        C: gl.constexpr = "=r,=r,r,r,r,r,r,r,r,r"
+        v = gl.join(v, v)
+        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
+        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
+    else:
+        o0, o1, o2, o3 = gl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [u, a, b, c],
+            (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), True, 2,
+        )  # fmt: skip
+    return gl.permute(gl.join(gl.join(o0, o1), gl.join(o2, o3)), (0, 1, 2, 3, 4, 5, 7, 6))
+
+
+@gluon.jit
+def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
+    """acc + a chunk of the weight @ that of a block of x [BM, 64]; acc, and the operand that may still be read: until
+    then the compiler must not write over its registers."""
     if flying.shape[1] == 32:
-        operand = gl.reshape(gl.permute(t, (0, 1, 2, 3, 5, 6, 4, 7)), (128, 32))  # q, s, h, p -> s, h, q, p
+        operand = gl.reshape(gl.permute(t, (0, 1, 2, 3, 6, 7, 4, 5)), (128, 32))
         operand = gl.convert_layout(operand, A, assert_trivial=True)
-        acc = warpgroup_mma(operand, block.slice(32 * QUARTER, 32, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(operand, block.slice(32 * CHUNK, 32, 1).permute((1, 0)), acc, is_async=True)
         acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
         flying = operand
     else:  # registers are scarce
-        first, second = gl.split(gl.permute(t, (0, 1, 2, 3, 6, 4, 7, 5)))
+        first, second = gl.split(gl.permute(t, (0, 1, 2, 3, 7, 4, 5, 6)))
         first = gl.convert_layout(gl.reshape(first, (128, 16)), A, assert_trivial=True)
         second = gl.convert_layout(gl.reshape(second, (128, 16)), A, assert_trivial=True)
-        acc = warpgroup_mma(first, block.slice(32 * QUARTER, 16, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(first, block.slice(32 * CHUNK, 16, 1).permute((1, 0)), acc, is_async=True)
         acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
-        acc = warpgroup_mma(second, block.slice(32 * QUARTER + 16, 16, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(second, block.slice(32 * CHUNK + 16, 16, 1).permute((1, 0)), acc, is_async=True)
         acc, first = warpgroup_mma_wait(1, deps=(acc, first))
         flying = second
     return acc, flying
-
-
-@gluon.jit
-def _words(ws, wi, HALF: gl.constexpr):
-    """Words of a slot of the weight, of 32 k each, of its first or second 64 k: [2, 4, 2, 8, 4]."""
-    w = gl.permute(gl.reshape(ws.index(wi).load(WORDS), (2, 4, 2, 8, 2, 4, 2)), (0, 1, 2, 3, 5, 6, 4))
-    first, second = gl.split(w)
-    if HALF == 0:
-        w0, w1 = gl.split(first)
-    else:
-        w0, w1 = gl.split(second)
-    return w0, w1
-
-
-@gluon.jit
-def _scales(ss, wi, LAYOUT: gl.constexpr):
-    """Scales of a slot of the weight: [2, 4, 2, 8]."""
-    s = gl.reshape(ss.index(wi).load(SCALES), (2, 4, 2, 8))
-    return gl.convert_layout(s, gl.SliceLayout(4, LAYOUT), assert_trivial=True)
 
 
 @gluon.jit
@@ -259,48 +300,47 @@ def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, LX: gl.constexpr):
 
 @gluon.jit
 def _consume_unit(
-    y_ptr, desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, first_n,
+    y_ptr, desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
-    NK: gl.constexpr = K // 128
+    """w: the first words of this unit; returned: of the next one."""
+    AHEAD: gl.constexpr = _loads_ahead(FORMAT)
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros((128, BM), gl.float32, MMA)
     flying = gl.zeros((128, 16 if BM == 128 else 32), gl.bfloat16, A)
-    before = (
-        xi + 0
-    )  # the slot of x that is still read; with xi itself the front end does not carry it from round to round
-    mbarrier.wait(w_full.index(wi), wp)
-    w0, w1 = _words(ws, wi, 0)
-    LW: gl.constexpr = w0.type.layout
-    scale = _scales(ss, wi, LW)
-    for k in range(NK):
-        a, b, c = _operands(scale, FORMAT)
+    before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
+    for k in range(K // 128):
+        if not AHEAD:
+            mbarrier.wait(w_full.index(wi), wp)
+            w = _words(ws, wi, 0, FORMAT)
+        w0, w1, w2, w3 = _step_words(w, FORMAT)
+        a, b, c = _operands(ss, wi, w0, FORMAT)
+        t = _pairs(w0, w1, a, b, c, FORMAT, 0)
         mbarrier.wait(x_full.index(xi), xp)
         block = _block(xs, xi, 0, BM, LX)
-        acc, flying = _multiply(acc, flying, w0, a, b, c, block, 0, FORMAT, A)
-        w2, w3 = _words(ws, wi, 1)
-        acc, flying = _multiply(acc, flying, w1, a, b, c, block, 1, FORMAT, A)
-        thread_barrier()  # all words have been read, and the slot of x before
-        mbarrier.arrive(w_empty.index(wi), count=1)
+        acc, flying = _multiply(acc, flying, t, block, 0, A)
+        w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
+        acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1), block, 1, A)
+        mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
         mbarrier.arrive(x_empty.index(before), count=1, pred=k > 0)
         wi, wp = _next(wi, wp, WS)
         before = xi
+        t = _pairs(w4, w5, a, b, c, FORMAT, 0)
         if BM == 128:
             xi, xp = _next(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
         block = _block(xs, xi, 1, BM, LX)
-        acc, flying = _multiply(acc, flying, w2, a, b, c, block, 0, FORMAT, A)
+        acc, flying = _multiply(acc, flying, t, block, 0, A)
         if BM == 128:
-            thread_barrier()
             mbarrier.arrive(x_empty.index(before), count=1)
             before = xi
-        acc, flying = _multiply(acc, flying, w3, a, b, c, block, 1, FORMAT, A)
-        mbarrier.wait(w_full.index(wi), wp, pred=k + 1 < NK)
-        w0, w1 = _words(ws, wi, 0)  # after the last round not used
-        scale = _scales(ss, wi, LW)
+        if AHEAD:
+            mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
+            w = _words(ws, wi, 0, FORMAT)
+        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1), block, 1, A)
         xi, xp = _next(xi, xp, XS)
     acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
     thread_barrier()
@@ -312,7 +352,7 @@ def _consume_unit(
     offs_n = gl.arange(0, 128, gl.SliceLayout(0, OUT))
     y_ptrs = y_ptr + row.to(gl.int64) * N + first_n
     gl.store(y_ptrs + offs_m[:, None] * N + offs_n[None, :], out, mask=(offs_m < rows)[:, None])
-    return xi, xp, wi, wp
+    return xi, xp, wi, wp, w
 
 
 @gluon.jit
@@ -331,6 +371,9 @@ def _consumer(
     zero = gl.program_id(0) * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
     rows = zero + 1
+    if _loads_ahead(FORMAT):
+        mbarrier.wait(w_full.index(0), 0)
+    w = _words(ws, 0, 0, FORMAT)
     while rows > 0:
         mbarrier.wait(info_full.index(i % INFOS), i // INFOS & 1)
         info = infos.index(i % INFOS).load(L)
@@ -339,34 +382,35 @@ def _consumer(
         first_n = _uniform(gl.sum(gl.where(field == 2, info, 0), 0)) * 128
         i += 1
         if rows > 64:
-            xi, xp, wi, wp = _consume_unit(
-                y_ptr, x128, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, first_n,
-                N, K, FORMAT, XS, WS,
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, x128, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, XS, WS,
             )  # fmt: skip
         elif rows > 32:
-            xi, xp, wi, wp = _consume_unit(
-                y_ptr, x64, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, first_n,
-                N, K, FORMAT, XS, WS,
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, x64, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, XS, WS,
             )  # fmt: skip
         elif rows > 16:
-            xi, xp, wi, wp = _consume_unit(
-                y_ptr, x32, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, first_n,
-                N, K, FORMAT, XS, WS,
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, x32, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, XS, WS,
             )  # fmt: skip
         elif rows > 0:
-            xi, xp, wi, wp = _consume_unit(
-                y_ptr, x16, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, first_n,
-                N, K, FORMAT, XS, WS,
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, x16, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, XS, WS,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["E", "MAX_TILES"])
 def hopper_kernel(
     y_ptr, x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, E, MAX_TILES,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    INFOS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(gl.bfloat16, [XS, 128, 64], x128.layout)
-    ws = gl.allocate_shared_memory(gl.int32, [WS, 8, 16, 16], w_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int32, [WS, 8, w_desc.block_shape[1], w_desc.block_shape[2]], w_desc.layout)
     ss = gl.allocate_shared_memory(gl.int32, [WS, 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
@@ -397,13 +441,26 @@ def hopper_kernel(
                 _producer,
                 (
                     x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full,
-                    x_empty, w_full, w_empty, info_full, N, K, XS, WS, INFOS,
+                    x_empty, w_full, w_empty, info_full, N, K, FORMAT, BLOCKS, XS, WS, INFOS,
                 ),
             ),
         ],
         [1],
         [24],
     )  # fmt: skip
+
+
+def unsupported(w: Operand, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take a weight and activations of a dtype, or None."""
+    if w.layout not in ("tiles", "tiles128"):
+        return "reads prepared weights only"
+    if dtype != torch.bfloat16 or w.scale != tl.bfloat16:
+        return "takes bf16 activations and bf16 scales"
+    if w.N % 128 or w.K % 128:
+        return f"N={w.N} and K={w.K} have to be multiples of 128"
+    if w.group % 128 or (w.group and w.K % w.group):
+        return f"group_size={w.group}; it has to be K or a multiple of 128"
+    return None
 
 
 def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int) -> tuple[object, ...]:
@@ -413,12 +470,21 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
         layout = gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(block))
         return TensorDescriptor(t, shape, strides, block, layout)
 
-    panels = E * w.N // 16
+    bits = code_bits(w.format)
+    rows, columns = {2: (16, 8), 4: (16, 16), 8: (32, 16)}[bits]  # words of a panel of 16 rows in a block
+    panels, blocks = E * w.N // 16, w.K // 128
+    words, groups = rows * columns * blocks, w.K // (w.group or w.K)
     return (
         y,
-        *(of(x, list(x.shape), list(x.stride()), [rows, 64], 128) for rows in (128, 64, 32, 16)),
-        of(w.w.view(torch.int32), [panels, w.K // 8, 16], [2 * w.K, 16, 1], [8, 16, 16], 64),
-        of(w.s, [panels * w.K // 64, 8], [8, 1], [16, 8], 32),
+        *(of(x, list(x.shape), list(x.stride()), [m, 64], 128) for m in (128, 64, 32, 16)),
+        of(
+            w.w.view(torch.int32),
+            [panels, rows * blocks, columns],
+            [words, columns, 1],
+            [8, rows, columns],
+            4 * columns,
+        ),
+        of(w.s, [2 * panels * groups, 8], [8, 1], [16, 8], 32),
         schedule,
         E,
         max_tiles(x.shape[0], E),
@@ -426,7 +492,11 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
 
 
 def constants(w: Operand) -> dict[str, object]:
-    return {"N": w.N, "K": w.K, "FORMAT": w.format, "XS": X_SLOTS, "WS": W_SLOTS, "INFOS": INFOS}
+    x_slots, w_slots = SLOTS[code_bits(w.format)]
+    blocks = (w.group or w.K) // 128  # that share a scale
+    return {
+        "N": w.N, "K": w.K, "FORMAT": w.format, "BLOCKS": blocks, "XS": x_slots, "WS": w_slots, "INFOS": INFOS
+    }  # fmt: skip
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:

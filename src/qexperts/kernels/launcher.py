@@ -4,12 +4,19 @@ Triton finds the compiled kernel of a call by inspecting every argument, which c
 kernel runs. A launch bound once keeps everything but its tensors. A compiled kernel depends on those by their dtypes,
 which belong to the launch's key, and by where they lie, which every call looks at. The first call for a key and a
 place goes through Triton, later ones straight to the driver, with addresses instead of tensors.
+
+A tensor that a kernel reads through the copy engine (TMA) is passed as a descriptor, which the driver encodes from the
+address and a `View`. Encodings are kept by address: they depend on nothing else and keep no tensor alive.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
+import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +26,65 @@ from triton.runtime import driver
 
 from ..workspace import is_capturing
 
-__all__ = ["Launch", "Launcher"]
+__all__ = ["Launch", "Launcher", "View"]
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # GPUs before sm_89 have no such pointers: passed as bytes
 _HIP = torch.version.hip is not None
 _TRITON_3_6 = triton.__version__.split(".")[:2] == ["3", "6"]
 _address = torch.Tensor.data_ptr
+_MAX_ENCODED = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A tensor as the copy engine reads it.
+
+    Attributes:
+        tensor: which of the launch's tensors.
+        dtype: of an element, whatever that of the tensor is.
+        shape, strides: in elements; the last stride is 1, the others are multiples of 16 bytes.
+        block: what is copied at a time.
+        layout: of a block in shared memory, a `NVMMASharedLayout`.
+    """
+
+    tensor: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    layout: Any
+
+    @classmethod
+    def of(cls, descriptor: Any, tensors: Sequence[torch.Tensor]) -> View:
+        """What a `TensorDescriptor` says of the one of these tensors that it is of."""
+        tensor = [t.data_ptr() for t in tensors].index(descriptor.base.data_ptr())
+        sizes = (tuple(map(int, s)) for s in (descriptor.shape, descriptor.strides, descriptor.block_shape))
+        return cls(tensor, descriptor.base.dtype, *sizes, descriptor.layout)
+
+    def descriptor(self, t: torch.Tensor) -> Any:
+        """For a call through Triton."""
+        make = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+        return make(t.view(self.dtype), list(self.shape), list(self.strides), list(self.block), self.layout)
+
+
+class _Placed:
+    """A descriptor of what lies at an address, and the tensor there: as much of both as Triton's driver asks for."""
+
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, view: View, address: int) -> None:
+        self.shape, self.strides, self._address = view.shape, view.strides, address
+
+    @property
+    def base(self) -> _Placed:
+        return self
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+_NUMBERS: dict[View, int] = {}
+_ENCODED: dict[tuple[int, int], Sequence[object]] = {}  # by a view's number and an address
 
 
 class Launcher:
@@ -48,7 +108,8 @@ class Launcher:
         constants: dict[str, object],
         warps: int,
         what: str,
-        registers: int | None = None,
+        views: tuple[View | int, ...] | None = None,
+        options: dict[str, int] | None = None,
     ) -> Launch:
         """A launch for tensors on a device.
 
@@ -58,11 +119,13 @@ class Launcher:
             sizes: the arguments between the tensors and the constants, in order.
             constants: the constants (tl.constexpr), in order.
             what: the kernel is compiled for, for error messages.
-            registers: of a thread at most; None: as the compiler likes.
+            views: the kernel's arguments before the sizes, in order, where they are not the tensors as they come: views
+                of them, or which of them is passed by its address.
+            options: of the compiler, besides the warps.
         """
         known = self._known.setdefault((device, key), {})
-        options = {"num_warps": warps} if registers is None else {"num_warps": warps, "maxnreg": registers}
-        return Launch(self, known, device, grid, sizes, constants, options, what)
+        options = {"num_warps": warps, **(options or {})}
+        return Launch(self, known, device, grid, sizes, constants, options, what, views)
 
 
 class Launch:
@@ -78,17 +141,23 @@ class Launch:
         constants: dict[str, object],
         options: dict[str, int],
         what: str,
+        views: tuple[View | int, ...] | None,
     ) -> None:
         self._launcher, self._known, self._device, self._grid = launcher, known, device, grid
         self._sizes, self._constants, self._options, self._what = sizes, constants, options, what
         self._index = device.index
         self._tail = (*sizes, *constants.values())
+        self._views = views
+        # which tensor an argument is of, and the number of the view, if it is one
+        self._read = [
+            (v.tensor, _NUMBERS.setdefault(v, len(_NUMBERS))) if isinstance(v, View) else (v, -1) for v in views or ()
+        ]
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream of the device, which has to be the current one.
 
         Args:
-            tensors: the arguments before the sizes, in order.
+            tensors: the arguments before the sizes, in order, or what the views are of; those on multiples of 16 bytes.
         Raises: RuntimeError if a CUDA graph is being captured and the kernel is not compiled yet.
         """
         addresses = tuple(map(_address, tensors))
@@ -98,27 +167,53 @@ class Launch:
         known = self._known.get(place)
         if known is None:
             return self._first(place, tensors)
-        compiled, call, head, stream = known
+        compiled, call, head, stream, encode = known
         if _watched():
-            compiled[self._grid](*tensors, *self._tail)
-        else:
+            compiled[self._grid](*self._arguments(tensors), *self._tail)
+        elif self._views is None:
             call(*self._grid, stream(self._index), *head, *addresses, *self._tail)
+        else:
+            call(*self._grid, stream(self._index), *head, *self._described(addresses, encode), *self._tail)
+
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """What a call through Triton takes for the tensors."""
+        if self._views is None:
+            return tensors
+        return tuple(v.descriptor(tensors[v.tensor]) if isinstance(v, View) else tensors[v] for v in self._views)
+
+    def _described(self, addresses: tuple[int, ...], encode: Sequence[Any]) -> list[object]:
+        """What the driver takes for the tensors at these addresses."""
+        found: list[object] = []
+        for i, (tensor, number) in enumerate(self._read):
+            address = addresses[tensor]
+            if number < 0:
+                found.append(address)
+                continue
+            encoded = _ENCODED.get((number, address))
+            if encoded is None:
+                if len(_ENCODED) >= _MAX_ENCODED:
+                    _ENCODED.clear()
+                encoded = _ENCODED[number, address] = encode[i](address)
+            found += encoded
+        return found
 
     def _first(self, place: object, tensors: tuple[torch.Tensor, ...]) -> None:
         if is_capturing(self._device):
             raise RuntimeError(
-                f"triton backend: the {self._launcher.name} kernel for {self._what} is not compiled yet, and a CUDA "
+                f"qexperts: the {self._launcher.name} kernel for {self._what} is not compiled yet, and a CUDA "
                 f"graph is being captured; call once with tensors of this kind before capturing."
             )
         compiled = self._launcher.kernel[self._grid](
-            *(t.view(torch.uint8) if t.dtype in _FLOAT8 else t for t in tensors),
+            *self._arguments(tuple(t.view(torch.uint8) if t.dtype in _FLOAT8 else t for t in tensors)),
             *self._sizes,
             **self._constants,
             **self._options,
             enable_fp_fusion=True,  # said explicitly, since its default changes between Triton releases
         )
         if compiled is not None:  # the interpreter compiles nothing
-            self._known[place] = compiled, *_direct(compiled), driver.active.get_current_stream
+            call, head = _direct(compiled)
+            call, encode = (call, ()) if self._views is None else _encoders(compiled, call, self._views)
+            self._known[place] = compiled, call, head, driver.active.get_current_stream, encode
 
 
 def _place(tensors: tuple[torch.Tensor, ...], addresses: tuple[int, ...]) -> tuple[bool, ...]:
@@ -149,6 +244,29 @@ def _direct(compiled: Any) -> tuple[Any, tuple[object, ...]]:
             None,
         )
     return run, (function, metadata, None, None, None)
+
+
+def _encoders(compiled: Any, call: Any, views: Sequence[View | int]) -> tuple[Any, list[Any]]:
+    """What launches a kernel that takes descriptors, and for each view, what makes its arguments of an address.
+
+    Triton 3.6 wraps the driver's launcher in a function that encodes the descriptors of every call anew; that one is
+    taken out, and its encoding kept. Other releases encode at each call.
+    """
+    if not _TRITON_3_6 or call is compiled.run:
+        return call, [functools.partial(_stand_in, view) for view in views]
+    metas = iter(compiled.metadata.tensordesc_meta)
+    made = [functools.partial(_encode, v, next(metas)) if isinstance(v, View) else None for v in views]
+    return inspect.getclosurevars(call).nonlocals["launcher"], made
+
+
+def _stand_in(view: View, address: int) -> Sequence[object]:
+    return (_Placed(view, address),)
+
+
+def _encode(view: View, meta: object, address: int) -> Sequence[object]:
+    """What Triton's driver makes of a descriptor: the encoded map, shape and strides."""
+    make = importlib.import_module("triton.backends.nvidia.driver").make_tensordesc_arg
+    return tuple(make(_Placed(view, address), meta))
 
 
 def _watched() -> bool:

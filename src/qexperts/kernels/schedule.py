@@ -2,11 +2,13 @@
 
 Program e writes expert e's first row and its tiles, program E the number of tiles and the padding; together they zero
 the rows of the result past the sum of the counts. A tile is at most 128 rows of one expert. What remains of an expert
-after tiles of 128 is covered by tiles of 16, 32, 64 or 128 rows, two of them where that saves padding: a tile costs
-about its class, but no less than one of 32 rows, since its weights are dequantized all the same.
+after tiles of 128 is covered by tiles of 16, 32, 64 or 128 rows, split into two of them where that saves padding. In
+`prefill.py` a tile costs about its class, but no less than one of 32 rows, since its weights are dequantized all the
+same; in `hopper_prefill.py` those of 16 and 32 rows cost 0.6 of one of 128 and those of 64 rows 0.7: nothing is split.
 
     16-row units that remain   1     2     3     4     5        6        7     8
-    classes                    16    32    64    64    64, 16   64, 32   128   128
+    classes, split             16    32    64    64    64, 16   64, 32   128   128
+    classes, not split         16    32    64    64    128      128      128   128
 
 Everything is in one int32 buffer: the number of tiles, three counters of `prefill.py` (0), expert_offsets [E+1],
 tile_expert, tile_row and tile_rows [max_tiles]. Experts come in descending order of their rows, each with its tiles in
@@ -28,13 +30,14 @@ __all__ = ["bind", "launch", "size"]
 
 
 @triton.jit
-def _classes(n):
-    """Tiles of 128, 64, 32 and 16 rows for n rows of one expert."""
+def _classes(n, SPLIT: tl.constexpr):
+    """Tiles of 128, 64, 32 and 16 rows for n rows of one expert; SPLIT: what remains may be two tiles."""
     u = (n % 128 + 15) // 16
-    n128 = n // 128 + (u >= 7).to(tl.int32)
-    n64 = ((u >= 3) & (u <= 6)).to(tl.int32)
-    n32 = ((u == 2) | (u == 6)).to(tl.int32)
-    n16 = ((u == 1) | (u == 5)).to(tl.int32)
+    LAST: tl.constexpr = 6 if SPLIT else 4
+    n128 = n // 128 + (u > LAST).to(tl.int32)
+    n64 = ((u >= 3) & (u <= LAST)).to(tl.int32)
+    n32 = ((u == 2) | ((u == 6) & (LAST == 6))).to(tl.int32)
+    n16 = ((u == 1) | ((u == 5) & (LAST == 6))).to(tl.int32)
     return n128, n64, n32, n16
 
 
@@ -46,9 +49,9 @@ def _put(tiles_ptr, MAX_TILES, tile, expert, row, rows, mask):
 
 
 @triton.jit
-def _put_tiles(tiles_ptr, MAX_TILES, first, expert, start, n):
+def _put_tiles(tiles_ptr, MAX_TILES, first, expert, start, n, SPLIT: tl.constexpr):
     """The tiles of one expert, from tile `first` on."""
-    n128, n64, n32, n16 = _classes(n)
+    n128, n64, n32, n16 = _classes(n, SPLIT)
     for i in range(0, n128, 128):
         j = i + tl.arange(0, 128)
         _put(tiles_ptr, MAX_TILES, first + j, expert, start + 128 * j, tl.minimum(n - 128 * j, 128), j < n128)
@@ -61,8 +64,9 @@ def _put_tiles(tiles_ptr, MAX_TILES, first, expert, start, n):
 
 @triton.jit(do_not_specialize=["S", "E", "LIMIT", "MAX_TILES"])
 def schedule_kernel(
-    schedule_ptr, y_ptr, counts_ptr, S, E, N, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr
-):
+    schedule_ptr, y_ptr, counts_ptr, S, E, N, LIMIT, MAX_TILES, CONDITION: tl.constexpr, BLOCK_E: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
     offsets_ptr = schedule_ptr + 4
     tiles_ptr = offsets_ptr + E + 1
     program = tl.program_id(0)
@@ -73,7 +77,7 @@ def schedule_kernel(
     ends = tl.minimum(sums, S).to(tl.int32)
     starts = tl.minimum(sums - counts, S).to(tl.int32)
     rows = ends - starts
-    n128, n64, n32, n16 = _classes(rows)
+    n128, n64, n32, n16 = _classes(rows, SPLIT)
     tiles = n128 + n64 + n32 + n16
     end = tl.max(ends, 0)
     wanted = end >= 0
@@ -85,7 +89,7 @@ def schedule_kernel(
         n = tl.sum(tl.where(mine, rows, 0), 0)
         before = (rows > n) | ((rows == n) & (offs_e < program))
         tl.store(offsets_ptr + program, start)
-        _put_tiles(tiles_ptr, MAX_TILES, tl.sum(tl.where(before, tiles, 0), 0), program, start, n)
+        _put_tiles(tiles_ptr, MAX_TILES, tl.sum(tl.where(before, tiles, 0), 0), program, start, n, SPLIT)
     else:
         total = tl.sum(tiles, 0)
         number = total
@@ -114,23 +118,30 @@ def size(total_tokens: int, num_experts: int) -> int:
 _LAUNCH = Launcher(schedule_kernel, "schedule")
 
 
-def bind(y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0) -> Launch:
+def bind(y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0, split: bool = True) -> Launch:
     """`launch` for tensors that differ from these in values alone: of a schedule, y and counts."""
     (s, n), experts = y.shape, counts.shape[0]
     return _LAUNCH.bind(
-        (y.dtype, counts.dtype, n, experts, condition),
+        (y.dtype, counts.dtype, n, experts, condition, split),
         y.device,
         (experts + 1, 1, 1),
         (s, experts, n, limit, max_tiles(s, experts)),
-        {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts)},
+        {"CONDITION": condition, "BLOCK_E": triton.next_power_of_2(experts), "SPLIT": split},
         4,
         f"{experts} experts (N={n})",
     )
 
 
-def launch(schedule: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, limit: int = 0, condition: int = 0) -> None:
+def launch(
+    schedule: torch.Tensor,
+    y: torch.Tensor,
+    counts: torch.Tensor,
+    limit: int = 0,
+    condition: int = 0,
+    split: bool = True,
+) -> None:
     """schedule: [size]; int32. y: [S, N], the result. counts: [E]; int32 or int64.
 
     limit, condition: with condition 2, no tiles and nothing zeroed if no expert has more than limit rows.
     """
-    bind(y, counts, limit, condition)(schedule, y, counts)
+    bind(y, counts, limit, condition, split)(schedule, y, counts)

@@ -1,0 +1,164 @@
+"""Backend "hopper": on sm_90 the prefill of prepared weights in Gluon; everything else as backend "triton" does it.
+
+    decode     that of "triton"
+    prefill    schedule, then one grouped GEMM in which the copy engine runs ahead of the multiplications
+
+The Gluon prefill has the bits of the Triton one, so phase "auto" is decided as by "triton"; weights prepared for one
+backend serve the other. What the copy engine cannot read (tensors that do not lie on multiples of 16 bytes, rows of x
+that do not or that overlap) goes through the Triton prefill.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..formats import QuantWeight
+from ..plan import TokenPlan
+from . import triton_backend
+
+if TYPE_CHECKING:
+    from . import Problem
+
+__all__ = [
+    "FASTER",
+    "LAYOUT",
+    "bind",
+    "bind_prefill",
+    "describe",
+    "no_layout",
+    "preferred",
+    "run",
+    "run_into",
+    "supports",
+]
+
+LAYOUT = triton_backend.LAYOUT
+no_layout = triton_backend.no_layout
+
+# What the Gluon prefill takes.
+FORMATS = ("int4_sym",)
+DTYPES = (torch.bfloat16,)  # of activations
+SCALES = (torch.bfloat16,)
+GROUPS = (128,)
+BLOCK = 128  # N and K are multiples of it
+
+FASTER = ("int4_sym",)  # formats in which it was measured to be: 0.58 and 0.57 ms where "triton" takes 0.66 and 0.64
+
+
+def supports(problem: Problem) -> tuple[str | None, str, bool]:
+    """As of the backend "triton"."""
+    reason = _no_device(problem.device) or _no_kernel(problem) or triton_backend.supports(problem)[0]
+    if reason is not None:
+        return reason, "", False
+    how = "Gluon: one launch, which copies ahead of its multiplications" if problem.phase != "decode" else "as triton"
+    return None, how + ("" if preferred(problem) else "; auto takes triton"), False
+
+
+def preferred(problem: Problem) -> bool:
+    """Whether `auto` takes this backend where it can run."""
+    return problem.phase != "decode" and problem.format.name in FASTER
+
+
+@functools.cache
+def _no_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs of sm_90; tensors are on {device}"
+    if not triton_backend.installed():
+        return "Triton is not installed: pip install 'qexperts[triton]'"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"needs Triton 3.6, this is {version}"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return "needs sm_90, this is sm_{}{}".format(*capability)
+    return None
+
+
+def _no_kernel(problem: Problem) -> str | None:
+    p, scale = problem, problem.scale_dtype
+    if p.backward:
+        return "gradients run on the torch backend"
+    if p.activation_format is not None:
+        return f"does not quantize activations to {p.activation_format}"
+    if p.format.name not in FORMATS:
+        return f"has kernels for {', '.join(FORMATS)}, not for {p.format.name}"
+    if p.dtype not in DTYPES or scale not in SCALES or p.wide:
+        return f"takes {_names(DTYPES)} activations, with scales in {_names(SCALES)}, and returns {_names(DTYPES)}"
+    if p.group_size not in GROUPS:
+        return f"group_size={p.group_size}; it has kernels for {', '.join(map(str, GROUPS))}"
+    if p.N % BLOCK or p.K % BLOCK:
+        return f"N={p.N} K={p.K} are not multiples of {BLOCK}"
+    if p.weight_layout != LAYOUT:
+        return "reads prepared weights only: prepare() them"
+    return None
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
+    """As of the backend "triton"."""
+    return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
+
+
+def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
+    """`run` into an existing result."""
+    bind(problem, weight).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
+
+
+def bind(problem: Problem, weight: QuantWeight) -> triton_backend.BoundCall:
+    """As of the backend "triton"."""
+    return triton_backend.bind(problem, weight, bind_prefill)
+
+
+def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Callable[..., None]:
+    """As of the backend "triton"."""
+    return _Prefill(y, x, w, experts)
+
+
+def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
+    """As of the backend "triton"."""
+    from ..kernels import hopper
+
+    parts = [] if phase == "decode" else [hopper.describe()]
+    parts += [] if phase == "prefill" else [triton_backend.describe(weight, x, "decode")]
+    return ", ".join(parts)
+
+
+class _Prefill:
+    """A launch of the Gluon prefill, or for tensors that the copy engine cannot read, of the Triton one."""
+
+    def __init__(self, y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> None:
+        self._triton = triton_backend.bind_prefill(y, x, w, experts)
+        self._gluon: Callable[..., None] | None = None
+        self._w, self._experts = w._replace(w=None, s=None, z=None), experts
+        stride = x.stride(0)
+        self._rows_apart = stride >= w.K and stride * x.element_size() % 16 == 0
+
+    def __call__(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        s: torch.Tensor,
+        z: torch.Tensor,
+        tiles: torch.Tensor,
+    ) -> None:
+        if not self._rows_apart or (y.data_ptr() | x.data_ptr() | w.data_ptr() | s.data_ptr()) & 15:
+            self._triton(y, x, w, s, z, tiles)
+            return
+        if self._gluon is None:
+            self._gluon = self._bind(y, x, w, s, z, tiles)
+        self._gluon(y, x, w, s, z, tiles)
+
+    def _bind(self, y: torch.Tensor, x: torch.Tensor, *rest: torch.Tensor) -> Callable[..., None]:
+        from ..kernels import hopper
+
+        *weight, tiles = rest
+        operand = self._w._replace(**dict(zip("wsz", weight, strict=True)))
+        return hopper.bind(y, x, operand, tiles, self._experts, triton_backend.processors(y.device))
