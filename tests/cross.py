@@ -32,10 +32,11 @@ import triton
 from hazards import overwritten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qexperts import FORMATS, QuantWeight
-from qexperts.kernels import between, config, decode, permute, prefill, schedule
+from qexperts.kernels import between, config, decode, hopper_decode, permute, prefill, schedule
 from qexperts.kernels.operand import operand
 
 TARGETS = {
@@ -57,7 +58,8 @@ class Build:
     """A kernel to compile.
 
     Attributes:
-        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
+        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts. Or
+            hopper-decode, see `test_cross_hopper_decode.py`.
         layout: "tiles", "public", "strided" (unquantized [E, N, K]) or "transposed" (memory order [E, K, N]).
         dtype, scales: of the activations and of the scales.
         group: group size; None for K.
@@ -168,6 +170,9 @@ def launch(build: Build) -> None:
     elif build.kernel == "prefill":
         c = config.prefill_config(w, dtype, nvidia)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
+    elif build.kernel == "hopper-decode":
+        c = config.hopper_decode_config(w, EXPERTS if build.many else 8, PROCESSORS)
+        hopper_decode.launch(y, x, w, counts, c)
     else:
         slots, condition = (EXPERTS if build.many else 8), 2 if build.kernel == "decode-auto" else 0
         d = config.decode_config(w, nvidia, slots, PROCESSORS)
@@ -196,7 +201,8 @@ def compile_launch(build: Build) -> Any:
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
     options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
-    return triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
+    source = GluonASTSource if fn.is_gluon() else ASTSource
+    return triton.compile(source(fn, signature, constants, attributes), target=target, options=options.__dict__)
 
 
 def compiled(build: Build) -> Result:
