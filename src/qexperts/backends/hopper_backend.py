@@ -46,8 +46,8 @@ DTYPES = (torch.bfloat16,)  # of activations
 SCALES = (torch.bfloat16,)
 BLOCK = 128  # N, K and the group size (or K) are multiples of it
 
-# Formats in which `auto` takes it: none yet. The kernel is 10-16% faster than that of "triton", but through this backend
-# some results of tests on a GPU were wrong (tests/test_gpu_hopper_backend.py); it has to be named.
+# Formats in which `auto` takes it: none yet. The kernel is 10-16% faster than that of "triton", but through this
+# backend some tests fail on a GPU (tests/test_gpu_hopper_backend.py); it has to be named.
 FASTER: tuple[str, ...] = ()
 
 
