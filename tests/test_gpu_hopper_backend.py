@@ -112,7 +112,10 @@ def test_a_graph_replays_with_other_counts_and_values(phase: str, device: torch.
 
 def test_the_first_call_of_a_kind_raises_inside_a_capture(device: torch.device) -> None:
     i, weight = made(case(40, 30, n=128 * 7, k=128 * 5), device)
-    BACKENDS["triton"].run(Problem.of("test", i.x, weight, phase="prefill"), i.x, weight, i.plan)  # its schedule
+    from qexperts.kernels import schedule
+
+    tiles = torch.empty(schedule.size(70, 2), dtype=torch.int32, device=device)
+    schedule.launch(tiles, nan_filled(70, 128 * 7, dtype=i.x.dtype, device=device), i.counts, split=False)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match=r"Gluon prefill kernel .* call once"), torch.cuda.graph(graph):
         BACKENDS["hopper"].run(Problem.of("test", i.x, weight, phase="prefill"), i.x, weight, i.plan)
@@ -132,6 +135,13 @@ def test_nothing_synchronises(device: torch.device) -> None:
         calls()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sizes_that_share_a_kernel(device: torch.device) -> None:
+    """Descriptors are of the call's own sizes, not of those with which the kernel was compiled."""
+    for rows in ((3, 2), (140, 200), (9, 130, 7, 260), (1,), (300, 300, 300, 5)):
+        i, weight = made(case(*rows, n=128, k=256), device)
+        assert torch.equal(run(i, weight, "prefill"), run(i, weight, "prefill", "triton"))
 
 
 @pytest.mark.parametrize("columns", [(0, 0), (0, 8), (8, 8), (5, 11), (4, 0)], ids=str)

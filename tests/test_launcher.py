@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -243,6 +244,25 @@ def test_descriptors_are_encoded_once_for_an_address(
     assert len(described.compiled) == 1
 
 
+@pytest.mark.parametrize("triton_3_6", [True, False])
+def test_a_kernel_compiled_for_other_sizes_gets_descriptors_of_these(
+    triton_3_6: bool, described: DescribedKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_TRITON_3_6", triton_3_6)
+    of, (y, x) = Launcher(described, "some"), (aligned(512, dtype=torch.bfloat16) for _ in range(2))
+    first = views()
+    assert isinstance(first[0], View)
+    second = (dataclasses.replace(first[0], shape=(4, 64)), *first[1:])
+    for given in (first, second, second, first):
+        of.bind("key", CPU, (1, 1, 1), (), {}, 4, "this", given)(y, x)
+    assert len(described.compiled) == 1
+    if triton_3_6:
+        shapes = [ran[ran.index(f"first at {x.data_ptr()}") + 1] for ran in described.ran]
+    else:
+        shapes = [ran[-3].shape[0] for ran in described.ran]
+    assert shapes == [4, 4, 8]
+
+
 def test_encodings_are_bounded(described: DescribedKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_TRITON_3_6", True)
     monkeypatch.setattr(launcher, "_MAX_ENCODED", 6)
@@ -283,7 +303,7 @@ def test_the_installed_driver_takes_what_stands_for_a_descriptor(monkeypatch: py
     if launcher._TRITON_3_6:
         run(*base, "y", placed)
         found = ran[0][13:]
-        assert launcher._encode(view, meta, 4096) == found[1:]
+        assert launcher._encode(meta, view, 4096) == found[1:]
         assert inspect.getclosurevars(run).nonlocals["launcher"](1) is None and ran[1] == (1,)
     else:
         run(*base, ("y", placed))

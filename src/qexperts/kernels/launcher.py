@@ -193,7 +193,7 @@ class Launch:
             if encoded is None:
                 if len(_ENCODED) >= _MAX_ENCODED:
                     _ENCODED.clear()
-                encoded = _ENCODED[number, address] = encode[i](address)
+                encoded = _ENCODED[number, address] = encode[i](self._views[i], address)  # type: ignore[index]
             found += encoded
         return found
 
@@ -247,15 +247,16 @@ def _direct(compiled: Any) -> tuple[Any, tuple[object, ...]]:
 
 
 def _encoders(compiled: Any, call: Any, views: Sequence[View | int]) -> tuple[Any, list[Any]]:
-    """What launches a kernel that takes descriptors, and for each view, what makes its arguments of an address.
+    """What launches a kernel that takes descriptors, and for each view, what makes arguments of such a one, of whatever
+    size, and an address.
 
     Triton 3.6 wraps the driver's launcher in a function that encodes the descriptors of every call anew; that one is
     taken out, and its encoding kept. Other releases encode at each call.
     """
     if not _TRITON_3_6 or call is compiled.run:
-        return call, [functools.partial(_stand_in, view) for view in views]
+        return call, [_stand_in] * len(views)
     metas = iter(compiled.metadata.tensordesc_meta)
-    made = [functools.partial(_encode, v, next(metas)) if isinstance(v, View) else None for v in views]
+    made = [functools.partial(_encode, next(metas)) if isinstance(v, View) else None for v in views]
     return inspect.getclosurevars(call).nonlocals["launcher"], made
 
 
@@ -263,7 +264,7 @@ def _stand_in(view: View, address: int) -> Sequence[object]:
     return (_Placed(view, address),)
 
 
-def _encode(view: View, meta: object, address: int) -> Sequence[object]:
+def _encode(meta: object, view: View, address: int) -> Sequence[object]:
     """What Triton's driver makes of a descriptor: the encoded map, shape and strides."""
     make = importlib.import_module("triton.backends.nvidia.driver").make_tensordesc_arg
     return tuple(make(_Placed(view, address), meta))
