@@ -63,8 +63,7 @@ def test_bits_and_oracle(fmt: str, which: Case, phase: str, device: torch.device
     assert torch.equal(grouped_gemm(i.x, weight, i.plan, phase=phase), y)  # whoever `auto` takes
 
 
-def test_auto_takes_it_for_prefills_of_prepared_weights(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_backend, "FASTER", ("int4_sym",))
+def test_auto_takes_it_for_prefills_of_prepared_weights(device: torch.device) -> None:
     i, weight = made(case(70, 9, n=128, k=256), device)
     for phase, prepared, picked in (
         ("prefill", True, "hopper"), ("auto", True, "hopper"), ("decode", True, "triton"), ("prefill", False, "triton"),
