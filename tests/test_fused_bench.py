@@ -271,8 +271,7 @@ for reader in readers(source):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    pytest.importorskip("triton")
+def smoke(tmp_path_factory: pytest.TempPathFactory, interpreter: None) -> list[dict[str, Any]]:
     counts = tmp_path_factory.mktemp("smoke") / "counts.json"
     counts.write_text("[3, 0, 7, 1]")
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
