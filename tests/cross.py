@@ -195,7 +195,11 @@ def compile_launch(build: Build) -> Any:
     with recorded() as launches:
         launch(build)
     ((fn, args, kwargs),) = launches
-    target = TARGETS[build.target]
+    return compile_call(fn, args, kwargs, TARGETS[build.target])
+
+
+def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], target: GPUTarget) -> Any:
+    """A kernel as a call compiles it."""
     backend = make_backend(target)
     kwargs = {**kwargs, "debug": False}
     binder = create_function_from_signature(fn.signature, fn.params, backend)
@@ -212,10 +216,7 @@ def compiled(build: Build) -> Result:
     seconds, shared = time.monotonic() - started, kernel.metadata.shared
     if "cubin" not in kernel.asm:
         return Result(build, seconds, shared)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass, usage = (dump(option, file.name) for option in ("-sass", "-res-usage"))
+    sass, usage = (dump(kernel, option) for option in ("-sass", "-res-usage"))
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     operations = collections.Counter(re.findall(r"\b(STL|LDL|HGMMA)\b", sass))
     return Result(
@@ -224,9 +225,13 @@ def compiled(build: Build) -> Result:
     )  # fmt: skip
 
 
-def dump(option: str, path: str) -> str:
+def dump(kernel: Any, option: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def attempt(build: Build) -> Result:

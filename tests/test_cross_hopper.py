@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 
 import pytest
 import torch
@@ -13,12 +12,8 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-import triton
-from cross import TARGETS, Build, dump, meta_weight
+from cross import TARGETS, Build, compile_call, dump, meta_weight
 from hazards import overwritten
-from triton.compiler import make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import create_function_from_signature
 
 from qexperts.kernels import hopper_prefill, schedule
 from qexperts.kernels.operand import operand
@@ -46,24 +41,16 @@ def test_compiles_for_sm_90(fmt: str, k: int) -> None:
     x = torch.empty(4096, k, dtype=torch.bfloat16, device="meta").as_subclass(Placed)
     y = torch.empty(4096, w.N, dtype=torch.bfloat16, device="meta")
     tiles = torch.empty(schedule.size(4096, 256), dtype=torch.int32, device="meta")
-    fn, target = hopper_prefill.hopper_kernel, TARGETS["sm_90"]
-    backend = make_backend(target)
-    options = {"num_warps": 4, "maxnreg": hopper_prefill.REGISTERS, "enable_fp_fusion": True, "debug": False}
+    options = {"num_warps": 4, "maxnreg": hopper_prefill.REGISTERS, "enable_fp_fusion": True}
     kwargs = {**hopper_prefill.constants(w), **options}
-    binder = create_function_from_signature(fn.signature, fn.params, backend)
     arguments = hopper_prefill.arguments(y, x, w, tiles, 256)
-    bound, specialization, rest = binder(*arguments, **kwargs)
-    rest, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, rest)
-    kernel = triton.compile(GluonASTSource(fn, signature, constants, attributes), target=target, options=rest.__dict__)
+    kernel = compile_call(hopper_prefill.hopper_kernel, arguments, kwargs, TARGETS["sm_90"])
     descriptors = [a for a in arguments if isinstance(a, hopper_prefill.TensorDescriptor)]
     encoded = [(meta["block_size"], meta["elem_size"]) for meta in kernel.metadata.tensordesc_meta]
     assert encoded == [
         (d.block_shape, d.base.element_size()) for d in descriptors
     ]  # in order: `launcher.py` counts on it
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass = dump("-sass", file.name)
+    sass = dump(kernel, "-sass")
     multiplications, waits = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"WARPGROUP\.DEPBAR", sass))
     assert multiplications and waits < multiplications, f"a wait behind each of {multiplications} HGMMA"
     assert not overwritten(sass)

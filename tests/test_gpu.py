@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_tools import no_sync
 from test_ops import (
     DTYPES,
     FORWARD_ONLY,
@@ -65,17 +66,6 @@ def finish() -> Iterator[None]:
         pytest.skip("these tests speak CUDA")
     yield
     torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def no_sync() -> Iterator[None]:
-    """Any host synchronisation raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def has_grouped_mm() -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from gpu_tools import no_sync
 
 from qexperts import FORMATS, TokenPlan, grouped_gemm, moe, prepare
 from qexperts.backends import BACKENDS, Problem, hopper_backend, select, triton_backend
@@ -128,12 +129,8 @@ def test_nothing_synchronises(device: torch.device) -> None:
             grouped_gemm(i.x, weight, TokenPlan.from_counts(i.counts, 248), backend="hopper", phase=phase)
 
     calls()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         calls()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_sizes_that_share_a_kernel(device: torch.device) -> None:

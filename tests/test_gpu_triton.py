@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from gpu_tools import no_sync
 
 from qexperts import FORMATS, TokenPlan, dequantize, grouped_gemm, moe, prepare, quantize
 from qexperts.backends import Problem, triton_backend
@@ -158,12 +159,8 @@ def test_nothing_synchronises(phase: str) -> None:
         grouped_gemm(i.x, weight, TokenPlan.from_counts(i.counts, 32))
 
     calls()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         calls()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_rows_may_have_a_stride_and_streams_do_not_mix() -> None:
