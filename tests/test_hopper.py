@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon is not interpreted", allow_module_level=True)
 
-from qexperts.kernels import hopper, hopper_prefill, schedule
+from qexperts.kernels import hopper_prefill, schedule
 from qexperts.kernels.operand import operand
 
 GPU = torch.device("cuda", 0)
@@ -178,9 +178,9 @@ def prepare_tiles(weight: Any) -> Any:
 def test_a_bound_launch_passes_what_the_kernel_itself_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other tensors of the kind, and holds none of those that it was bound with."""
     kernel, first, second = Kernel(), tensors(), tensors()
-    monkeypatch.setattr(hopper._LAUNCH, "kernel", kernel)
+    monkeypatch.setattr(hopper_prefill._LAUNCH, "kernel", kernel)
     y, x, w, tiles = first
-    launch = hopper.bind(y, x, w, tiles, 2, 5)
+    launch = hopper_prefill.bind(y, x, w, tiles, 2, 5)
     y, x, w, tiles = second
     launch(y, x, w.w, w.s, w.z, tiles)
     ((grid, args, options),) = kernel.calls
@@ -205,7 +205,7 @@ def test_what_the_copy_engine_cannot_read_goes_through_triton(monkeypatch: pytes
     went: list[str] = []
     monkeypatch.setattr(triton_backend, "bind_prefill", lambda *given: lambda *tensors: went.append("triton"))
     monkeypatch.setattr(triton_backend, "processors", lambda device: 1)
-    monkeypatch.setattr(hopper, "bind", lambda *given: lambda *tensors: went.append("gluon"))
+    monkeypatch.setattr(hopper_prefill, "bind", lambda *given: lambda *tensors: went.append("gluon"))
     y, x, w, tiles = tensors()
     rest = (w.w, w.s, w.z, tiles)
     rows, k = x.shape
@@ -219,9 +219,9 @@ def test_what_the_copy_engine_cannot_read_goes_through_triton(monkeypatch: pytes
         (memory.as_strided((rows, k), (k, 1), 8), "gluon"),
     ]
     for given, expected in strided:
-        hopper_backend.bind_prefill(y, given, w, 2)(y, given, *rest)
+        hopper_backend.PREFILL.bind(y, given, w, 2)(y, given, *rest)
         assert went.pop() == expected, (given.stride(), given.storage_offset())
-    call = hopper_backend.bind_prefill(y, x, w, 2)
+    call = hopper_backend.PREFILL.bind(y, x, w, 2)
     for given in (rest, (w.w.flatten()[4:], *rest[1:]), (w.w, w.s.flatten()[1:], *rest[2:]), rest):
         call(y, x, *given)
     assert went == ["gluon", "triton", "triton", "gluon"]

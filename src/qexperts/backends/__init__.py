@@ -219,7 +219,7 @@ def select(problem: Problem, backend: str = "auto") -> Backend:
             for name, why in () if prepared_for_it else skipped:
                 _say_skipped(name, why)
             return candidate
-        lost = reason is not None and problem.device.type in candidate.devices and not problem.backward
-        if reason is not None and lost and backend == "auto":
+        made_for = problem.device.type in candidate.devices and not problem.backward
+        if reason is not None and made_for and backend == "auto":
             skipped.append((candidate.name, reason))
     raise UnsupportedError(problem.where, str(problem), {c.name: c.supports(problem)[0] or "" for c in candidates})

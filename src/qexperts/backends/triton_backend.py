@@ -130,19 +130,6 @@ class PrefillKernel(NamedTuple):
     split: bool
 
 
-def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
-    """y[r] = x[r] @ dequantize(weight)[expert(r)].T; [S, N]; dtype of x, or fp32 for problem.wide.
-
-    No host synchronisation; safe in a CUDA graph once a call of the same kind has compiled its kernels.
-    """
-    return bind(problem, weight)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
-
-
-def run_into(problem: Problem, y: torch.Tensor, x: torch.Tensor, weight: QuantWeight, counts: torch.Tensor) -> None:
-    """`run` into an existing result."""
-    bind(problem, weight).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
-
-
 def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Callable[..., None]:
     """The grouped GEMM of a prefill, for tensors that differ from these in values alone: of y, x, codes, scales, zeros
     and a tile schedule. w: an `Operand`, of which no tensor is looked at."""
@@ -153,6 +140,28 @@ def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Call
 
 
 PREFILL = PrefillKernel(bind_prefill, split=True)
+
+
+def run(
+    problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, prefill: PrefillKernel = PREFILL
+) -> torch.Tensor:
+    """y[r] = x[r] @ dequantize(weight)[expert(r)].T; [S, N]; dtype of x, or fp32 for problem.wide.
+
+    No host synchronisation; safe in a CUDA graph once a call of the same kind has compiled its kernels.
+    """
+    return bind(problem, weight, prefill)(x, weight.codes, weight.scales, weight.zeros, plan.counts)
+
+
+def run_into(
+    problem: Problem,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantWeight,
+    counts: torch.Tensor,
+    prefill: PrefillKernel = PREFILL,
+) -> None:
+    """`run` into an existing result."""
+    bind(problem, weight, prefill).into(y, x, weight.codes, weight.scales, weight.zeros, counts)
 
 
 def bind(problem: Problem, weight: QuantWeight, prefill: PrefillKernel = PREFILL) -> BoundCall:

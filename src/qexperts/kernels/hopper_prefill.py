@@ -29,11 +29,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..plan import max_tiles
 from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
+from .launcher import Launch, Launcher, View
 from .operand import Operand
 
-__all__ = ["REGISTERS", "arguments", "constants", "hopper_kernel", "launch"]
+__all__ = ["REGISTERS", "arguments", "bind", "constants", "describe", "hopper_kernel", "launch"]
 
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
+PROGRAMS_PER_SM = 2
 INFOS = 4  # more than the units that the producer may be ahead
 SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
 
@@ -487,9 +489,46 @@ def constants(w: Operand) -> dict[str, object]:
     }  # fmt: skip
 
 
+_LAUNCH = Launcher(hopper_kernel, "Gluon prefill")
+
+
+def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> Launch:
+    """A launch for tensors that differ from these in values alone: of y, x, w.w, w.s, w.z and a schedule.
+
+    All lie on multiples of 16 bytes, and so do the rows of x.
+    """
+    tensors = (y, x, w.w, w.s, w.z, schedule)
+    places = [t.data_ptr() for t in tensors]
+    views: list[View | int] = []
+    sizes: list[int] = []
+    for argument in arguments(y, x, w, schedule, E):
+        if isinstance(argument, TensorDescriptor):
+            views.append(View.of(argument, tensors))
+        elif isinstance(argument, torch.Tensor):
+            views.append(places.index(argument.data_ptr()))
+        else:
+            sizes.append(argument)  # type: ignore[arg-type]
+    return _LAUNCH.bind(
+        (w.facts, x.dtype, y.dtype),
+        y.device,
+        (PROGRAMS_PER_SM * processors, 1, 1),
+        tuple(sizes),
+        constants(w),
+        4,
+        f"{w.format} (N={w.N}, K={w.K})",
+        tuple(views),
+        {"maxnreg": REGISTERS},
+    )
+
+
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
     """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
 
     bf16 activations and scales; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
     """
-    hopper_kernel[(2 * processors,)](*arguments(y, x, w, schedule, E), **constants(w), num_warps=4, maxnreg=REGISTERS)
+    bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
+
+
+def describe(fmt: str) -> str:
+    """What is as the tile sizes of `config.py` are to `prefill.py`."""
+    return "Gluon(x_slots={}, w_slots={})".format(*SLOTS[code_bits(fmt)])

@@ -148,9 +148,10 @@ class Launch:
         self._index = device.index
         self._tail = (*sizes, *constants.values())
         self._views = views
-        # which tensor an argument is of, and the number of the view, if it is one
+        # which tensor an argument is of, and if it is a view, that and its number
         self._read = [
-            (v.tensor, _NUMBERS.setdefault(v, len(_NUMBERS))) if isinstance(v, View) else (v, -1) for v in views or ()
+            (v.tensor, v, _NUMBERS.setdefault(v, len(_NUMBERS))) if isinstance(v, View) else (v, None, 0)
+            for v in views or ()
         ]
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -184,16 +185,16 @@ class Launch:
     def _described(self, addresses: tuple[int, ...], encode: Sequence[Any]) -> list[object]:
         """What the driver takes for the tensors at these addresses."""
         found: list[object] = []
-        for i, (tensor, number) in enumerate(self._read):
+        for (tensor, view, number), make in zip(self._read, encode, strict=True):
             address = addresses[tensor]
-            if number < 0:
+            if view is None:
                 found.append(address)
                 continue
             encoded = _ENCODED.get((number, address))
             if encoded is None:
                 if len(_ENCODED) >= _MAX_ENCODED:
                     _ENCODED.clear()
-                encoded = _ENCODED[number, address] = encode[i](self._views[i], address)  # type: ignore[index]
+                encoded = _ENCODED[number, address] = make(view, address)
             found += encoded
         return found
 

@@ -36,8 +36,8 @@ def _classes(n, SPLIT: tl.constexpr):
     LAST: tl.constexpr = 6 if SPLIT else 4
     n128 = n // 128 + (u > LAST).to(tl.int32)
     n64 = ((u >= 3) & (u <= LAST)).to(tl.int32)
-    n32 = ((u == 2) | ((u == 6) & (LAST == 6))).to(tl.int32)
-    n16 = ((u == 1) | ((u == 5) & (LAST == 6))).to(tl.int32)
+    n32 = ((u == 2) | ((u == 6) & SPLIT)).to(tl.int32)
+    n16 = ((u == 1) | ((u == 5) & SPLIT)).to(tl.int32)
     return n128, n64, n32, n16
 
 
