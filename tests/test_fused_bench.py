@@ -111,7 +111,7 @@ def test_default_providers(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- int8 activations
 
 cpu_kernels = pytest.mark.skipif(
-    not cpu_backend.installed() or triton_backend.interpreted(), reason="needs Numba, outside Triton's interpreter"
+    not cpu_backend.installed() or triton_backend.interpreted(), reason="needs llvmlite, outside Triton's interpreter"
 )
 
 
@@ -195,7 +195,7 @@ def test_a_cpu_gives_the_backends_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu_backend, "installed", lambda: False)
     records = list(measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1))
     assert len(records) == len(candidates) and {r.status for r in records} == {"unsupported"}
-    reason = "Numba is not installed: pip install 'qexperts[cpu]'"
+    reason = "llvmlite is not installed: pip install 'qexperts[cpu]'"
     assert {r.provider: r.reason for r in records} == {
         "fused": reason, "humming": "runs on NVIDIA GPUs; tensors are on cpu",
     }  # fmt: skip

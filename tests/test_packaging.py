@@ -147,7 +147,7 @@ def test_importing_is_cheap() -> None:
         run = subprocess.run([sys.executable, "-c", IMPORT_PROBE], env=env, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         cost, added = json.loads(run.stdout)
-        assert not {"triton", "transformers", "matplotlib", "rich", "click", "numba"} & set(added)
+        assert not {"triton", "transformers", "matplotlib", "rich", "click", "llvmlite"} & set(added)
         seconds.append(cost)
     assert min(seconds) < 0.3, seconds
 

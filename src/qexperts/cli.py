@@ -102,7 +102,7 @@ _shared = _options(
                  "triton and hopper by name, and the peers humming "
                  "(GPU), prepacked (CPU: oneDNN on dequantized, reordered weights), ark (CPU: auto-round-lib) and "
                  "ggml (CPU: llama-cpp-python), or all.  "
-                 "[default: torch,fused; torch without Triton or, on a CPU, Numba]"),
+                 "[default: torch,fused; torch without Triton or, on a CPU, llvmlite]"),
     _WEIGHT_LAYOUT,
     click.option("--activation-format", type=click.Choice(["int8"]),
                  help="Adds, for integer formats, fused rows on activations rounded by row and group: faster, less "

@@ -1,4 +1,4 @@
-"""Backend "cpu": kernels that read the packed weights, compiled by Numba for the instruction set of this machine.
+"""Backend "cpu": kernels that read the packed weights, compiled by LLVM for the instruction set of this machine.
 
     plan       the first thread reads the counts and cuts the rows into items
     pack       activations into the order of the weights' codes, if they are not in it
@@ -71,7 +71,7 @@ _SCRATCH, _ITEMS, _WIDE = int(Arg.SCRATCH), int(Arg.ITEMS), int(Arg.WIDE)
 
 @functools.cache
 def installed() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("numba", "llvmlite"))
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def _isa() -> tuple[Any, str]:
@@ -90,7 +90,7 @@ def describe() -> str:
     return why if isa is None else f"{isa.name} ({why}), {torch.get_num_threads()} of {team_name()}"
 
 
-_NOT_INSTALLED = "Numba is not installed: pip install 'qexperts[cpu]'"
+_NOT_INSTALLED = "llvmlite is not installed: pip install 'qexperts[cpu]'"
 
 
 def supports(problem: Problem) -> tuple[str | None, str, bool]:

@@ -43,7 +43,7 @@ class BenchOptions:
 
     Attributes:
         tokens: rows over all experts (S).
-        provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with Numba.
+        provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with llvmlite.
         weight_layout: comma list, of the weights that fused kernels read.
         activation_format: "int8" adds rows of the fused kernels on activations rounded by row and group.
         threads: comma list, CPUs only: every row with each number of threads.

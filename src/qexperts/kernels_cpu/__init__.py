@@ -1,1 +1,1 @@
-"""Kernels of backend `cpu`, compiled from Python by Numba and LLVM. Nothing here checks user input."""
+"""Kernels of backend `cpu`, written and compiled by llvmlite. Nothing here checks user input."""

@@ -1,27 +1,22 @@
-"""From a `Kind` to machine code: Numba compiles the driver, LLVM optimises it for the instruction set, disk keeps it.
+"""From a `Kind` to machine code: a driver writes LLVM, which is optimised for the instruction set, and disk keeps it.
 
-A kept kernel needs no Numba: loading one takes milliseconds. The file's name is a digest of everything that decides
-its content: the sources of this package, the kind, the versions of the compilers and, for the host's own features,
-the host.
+Loading a kept kernel takes milliseconds. The file's name is a digest of everything that decides its content: the
+sources of this package, the kind, the version of the compiler and, for the host's own features, the host.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from llvmlite import binding
+from llvmlite import binding, ir
 
 from .spec import Kind
 
@@ -45,8 +40,7 @@ def _sources() -> bytes:
     digest = hashlib.sha256()
     for name in _FILES:
         digest.update(Path(__file__).with_name(name).read_bytes())
-    for package in ("numba", "llvmlite"):
-        digest.update(importlib.metadata.version(package).encode())
+    digest.update(importlib.metadata.version("llvmlite").encode())
     digest.update(binding.get_process_triple().encode())
     return digest.digest()
 
@@ -119,49 +113,16 @@ def _machine(kind: Kind) -> binding.TargetMachine:
     return target.create_target_machine(cpu=kind.isa.cpu, features=kind.isa.features, opt=3, reloc="pic", jit=True)
 
 
-@contextlib.contextmanager
-def _unoptimized() -> Iterator[None]:
-    """Numba leaves LLVM's passes to what follows, which knows the target: half the time."""
-    config: Any = importlib.import_module("numba.core.config")
-    kept = config.OPT
-    config.OPT = type(kept)(0)
-    try:
-        yield
-    finally:
-        config.OPT = kept
-
-
 def _compile(part: str, kind: Kind) -> bytes:
-    """Machine code with a symbol `entry`."""
-    from numba import types
+    """Machine code with a symbol `entry`: void entry(void *record)."""
+    from .drivers import DRIVERS
+    from .vectors import I8, write_function
 
-    from . import drivers
-
-    write = {"run": drivers.write_run, "pack": drivers.write_pack, "gemm": drivers.write_gemm}[part]
-    signature = types.void(types.int64)
-    with _unoptimized():
-        driver = drivers.compiled(write(kind))
-        driver.compile(signature.args)
-    found = driver.overloads[signature.args]
-    inner = found.fndesc.llvm_func_name
-    module = binding.parse_assembly(found.library.get_llvm_str())
-    entry = f"""
-        target triple = "{module.triple}"
-        target datalayout = "{module.data_layout}"
-        declare i32 @"{inner}"(ptr, ptr, i64)
-        define void @entry(ptr %record) {{
-            %result = alloca ptr
-            %error = alloca ptr
-            %address = ptrtoint ptr %record to i64
-            %status = call i32 @"{inner}"(ptr %result, ptr %error, i64 %address)
-            ret void
-        }}
-    """
-    module.link_in(binding.parse_assembly(entry))
-    for f in module.functions:
-        if f.name != "entry" and not f.is_declaration:
-            f.linkage = "internal"
     machine = _machine(kind)
+    written = ir.Module(part)
+    written.triple, written.data_layout = machine.triple, str(machine.target_data)
+    write_function(written, "entry", [I8.as_pointer()], lambda e, record: DRIVERS[part](e, e.address(record), kind))
+    module = binding.parse_assembly(str(written))
     options = binding.create_pipeline_tuning_options(speed_level=3)
     builder = binding.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)

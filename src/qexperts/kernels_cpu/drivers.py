@@ -1,4 +1,4 @@
-"""Drivers: what each thread of a call does, in plain Python that Numba compiles.
+"""Drivers: what each thread of a call does.
 
     run     every thread of the one team of a call: what follows, and between them waits for the work that others took,
             never for a thread that has not come
@@ -15,381 +15,236 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-
 from .micro import MicroKernels
 from .packing import Packing
 from .rows import RowKernels
 from .spec import ITEM_ROWS, PANEL, X_SIZES, Arg, Kind
-from .vectors import I32, I64, Emitter, call_function, device_function, fetch_add, wait_for
+from .vectors import I32, I64, Emitter
 
-__all__ = ["compiled", "write_gemm", "write_pack", "write_run"]
+__all__ = ["DRIVERS"]
 
 PACK_ROWS = 4  # that a thread packs at once
 LEVELS = 8  # items of 120 rows and more come first, then 60, 30, ...
+_ITEM = 24  # bytes: expert, first row, rows
 
 
-def _load64(e: Emitter, address: Any) -> Any:
-    return e.load(address, I64)
+def _at(e: Emitter, a: Any, base: Arg, index: Any) -> Any:
+    """The address of a row, or an expert, of what lies at a field; the field after it has the step."""
+    return e.add(e.field(a, base), e.mul(index, e.field(a, base + 1)))
 
 
-def _load32(e: Emitter, address: Any) -> Any:
-    return e.builder.sext(e.load(address, I32), I64)
+def _run(e: Emitter, a: Any, kind: Kind) -> None:
+    """The same for every kind."""
+    with e.when(e.fetch_add(a, Arg.CAME, 1), "==", 0):
+        e.call(_plan, a)
+        e.fetch_add(a, Arg.PLANNED, 1)
+    pack = e.field(a, Arg.PACK)
+    with e.when(pack, "!=", 0):
+        e.call_address(pack, a)
+        e.wait_for(a, Arg.PACKED, e.field(a, Arg.S))
+    with e.when(e.field(a, Arg.WIDE), "==", 0):
+        e.wait_for(a, Arg.PLANNED, e.number(1))
+        e.call_address(e.field(a, Arg.GEMM), a)
 
 
-def _store64(e: Emitter, address: Any, value: Any) -> None:
-    e.store(value, address)
-
-
-load64, load32 = device_function(_load64, returns=True), device_function(_load32, returns=True)
-store64 = device_function(_store64)
-
-# No reference counts, no exceptions, no entry from Python: nothing but machine code is left.
-_OPTIONS: dict[str, Any] = {
-    "error_model": "numpy", "nogil": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
-}  # fmt: skip
-compiled: Any = njit(**_OPTIONS)
-_NEXT, _JOINED = int(Arg.NEXT), int(Arg.JOINED)
-_X_IN, _X_IN_STEP, _X, _X_STEP = int(Arg.X_IN), int(Arg.X_IN_STEP), int(Arg.X), int(Arg.X_STEP)
-_SUMS, _SUMS_STEP = int(Arg.SUMS), int(Arg.SUMS_STEP)
-_CODES, _CODES_E, _CODES_STEP = int(Arg.CODES), int(Arg.CODES_E), int(Arg.CODES_STEP)
-_SCALES, _SCALES_E, _ZEROS = int(Arg.SCALES), int(Arg.SCALES_E), int(Arg.ZEROS)
-_Y, _Y_STEP, _N, _WORDS, _GROUPS = int(Arg.Y), int(Arg.Y_STEP), int(Arg.N), int(Arg.WORDS), int(Arg.GROUPS)
-_ITEMS, _ITEM_COUNT, _END = int(Arg.ITEMS), int(Arg.ITEM_COUNT), int(Arg.END)
-_COUNTS, _COUNTS_WIDE, _E, _S = int(Arg.COUNTS), int(Arg.COUNTS_WIDE), int(Arg.E), int(Arg.S)
-_SCRATCH, _SCRATCH_STEP = int(Arg.SCRATCH), int(Arg.SCRATCH_STEP)
-_BLOCK_GROUPS, _CHUNK_GROUPS, _GROUP_WORDS = int(Arg.BLOCK_GROUPS), int(Arg.CHUNK_GROUPS), int(Arg.GROUP_WORDS)
-_PACK, _GEMM, _CAME, _PLANNED = int(Arg.PACK), int(Arg.GEMM), 8 * int(Arg.CAME), 8 * int(Arg.PLANNED)
-_PACK_NEXT, _PACKED, _WIDE = 8 * int(Arg.PACK_NEXT), 8 * int(Arg.PACKED), int(Arg.WIDE)
-
-
-@compiled
-def get(a, i):  # type: ignore[no-untyped-def]
-    """The i-th integer of a record."""
-    return load64(a + 8 * i)
-
-
-@compiled
-def put(a, i, value):  # type: ignore[no-untyped-def]
-    store64(a + 8 * i, value)
-
-
-@compiled
-def _count(a, expert, row):  # type: ignore[no-untyped-def]
-    """Rows of an expert whose first is `row`."""
-    if get(a, _COUNTS_WIDE):
-        count = get(get(a, _COUNTS), expert)
-    else:
-        count = load32(get(a, _COUNTS) + 4 * expert)
-    return max(0, min(count, get(a, _S) - row))
-
-
-@compiled
-def _plan_level(a, most, least, made):  # type: ignore[no-untyped-def]
-    """Append the items of least to most rows; returns how many there are now."""
-    row = 0
-    for expert in range(get(a, _E)):
-        left = _count(a, expert, row)
-        while left > 0:
-            rows = min(left, ITEM_ROWS)
-            if least <= rows <= most:
-                item = get(a, _ITEMS) + 24 * made
-                put(item, 0, expert)
-                put(item, 1, row)
-                put(item, 2, rows)
-                made += 1
-            row += rows
-            left -= rows
-    return made
-
-
-@compiled
-def _plan(a):  # type: ignore[no-untyped-def]
-    row, hottest = 0, 0
-    for expert in range(get(a, _E)):
-        count = _count(a, expert, row)
-        hottest = max(hottest, count)
-        row += count
-    put(a, _END, row)
-    most, made = ITEM_ROWS, 0
+def _plan(e: Emitter, a: Any) -> None:
+    row, hottest = e.variable(I64), e.variable(I64)
+    with e.loop(e.field(a, Arg.E)) as expert:
+        count = _count(e, a, expert, row.get())
+        hottest.set(e.most(hottest.get(), count))
+        row.set(e.add(row.get(), count))
+    e.set_field(a, Arg.END, row.get())
+    e.set_field(a, Arg.ITEM_COUNT, e.number(0))
+    most = ITEM_ROWS
     for level in range(LEVELS):
         least = (most + 1) // 2 if level < LEVELS - 1 else 1
-        if least <= hottest:
-            made = _plan_level(a, most, least, made)
+        with e.when(hottest.get(), ">=", least):
+            e.call(_plan_level, a, most, least)
         most = least - 1
-    put(a, _ITEM_COUNT, made)
 
 
-def write_run(kind: Kind) -> Callable[[int], None]:
-    """The same for every kind."""
-
-    def run(a):  # type: ignore[no-untyped-def]
-        if fetch_add(a + _CAME, 1) == 0:
-            _plan(a)
-            fetch_add(a + _PLANNED, 1)
-        if get(a, _PACK):
-            call_function(get(a, _PACK), a)
-            wait_for(a + _PACKED, get(a, _S))
-            if get(a, _WIDE):
-                return
-        wait_for(a + _PLANNED, 1)
-        call_function(get(a, _GEMM), a)
-
-    return run
-
-
-def write_pack(kind: Kind) -> Callable[[int], None]:
-    pack_row = compiled(_wrap_pack_row(Packing(kind)))
-
-    def pack(a):  # type: ignore[no-untyped-def]
-        rows = get(a, _S)
-        while True:
-            first = fetch_add(a + _PACK_NEXT, PACK_ROWS)
-            if first >= rows:
-                break
-            end = min(first + PACK_ROWS, rows)
-            for r in range(first, end):
-                x = get(a, _X_IN) + r * get(a, _X_IN_STEP)
-                pack_row(a, x, get(a, _X) + r * get(a, _X_STEP), get(a, _SUMS) + r * get(a, _SUMS_STEP))
-            fetch_add(a + _PACKED, end - first)
-
-    return pack
+def _plan_level(e: Emitter, a: Any, most: Any, least: Any) -> None:
+    """Append the items of least to most rows."""
+    row, made = e.variable(I64), e.variable(I64, e.field(a, Arg.ITEM_COUNT))
+    with e.loop(e.field(a, Arg.E)) as expert:
+        end = e.add(row.get(), _count(e, a, expert, row.get()))
+        with e.forever() as leave_if:
+            first = row.get()
+            leave_if(first, ">=", end)
+            rows = e.least(e.sub(end, first), ITEM_ROWS)
+            with e.when(rows, ">=", least), e.when(rows, "<=", most):
+                item = e.add(e.field(a, Arg.ITEMS), e.mul(made.get(), _ITEM))
+                for place, value in enumerate((expert, first, rows)):
+                    e.set_field(item, place, value)
+                made.set(e.add(made.get(), 1))
+            row.set(e.add(first, rows))
+    e.set_field(a, Arg.ITEM_COUNT, made.get())
 
 
-def _wrap_pack_row(packing: Packing) -> Callable[..., None]:
-    emit = device_function(packing.pack_row)
+def _count(e: Emitter, a: Any, expert: Any, row: Any) -> Any:
+    """Rows of an expert whose first is `row`."""
+    counts, count = e.field(a, Arg.COUNTS), e.variable(I64)
+    with e.when_else(e.field(a, Arg.COUNTS_WIDE), "!=", 0) as (wide, narrow):
+        with wide:
+            count.set(e.load(counts, I64, e.mul(expert, 8)))
+        with narrow:
+            count.set(e.builder.sext(e.load(counts, I32, e.mul(expert, 4)), I64))
+    return e.most(e.least(count.get(), e.sub(e.field(a, Arg.S), row)), 0)
 
-    def pack_row(a, x, out, sums):  # type: ignore[no-untyped-def]
-        emit(a, x, out, sums)
 
-    return pack_row
+def _pack(e: Emitter, a: Any, kind: Kind) -> None:
+    packing, rows = Packing(kind), e.field(a, Arg.S)
+    with e.forever() as leave_if:
+        first = e.fetch_add(a, Arg.PACK_NEXT, PACK_ROWS)
+        leave_if(first, ">=", rows)
+        count = e.least(e.sub(rows, first), PACK_ROWS)
+        with e.loop(count) as i:
+            row = e.add(first, i)
+            e.call(packing.pack_row, a, *(_at(e, a, base, row) for base in (Arg.X_IN, Arg.X, Arg.SUMS)))
+        e.fetch_add(a, Arg.PACKED, count)
 
 
-def write_gemm(kind: Kind) -> Callable[[int], None]:
-    micro = MicroKernels(kind)
-    multiply_item, codes_of = _multiply_item(kind, micro), _codes_of(kind)
-    load_scales, prefetch_scales = _scales_of(kind, micro)
-    clear, finish_block = device_function(micro.clear), compiled(_wrap_finish(micro))
-    scale_bytes = kind.parts * kind.panels * 64 if kind.scale else 0
-    width, y_size, scaled = kind.panels * PANEL, X_SIZES[kind.y], bool(kind.scale)
+def _gemm(e: Emitter, a: Any, kind: Kind) -> None:
+    units = _Units(e, a, kind)
+    thread = e.fetch_add(a, Arg.JOINED, 1)
+    scratch = _at(e, a, Arg.SCRATCH, thread)
+    count = e.mul(e.field(a, Arg.ITEM_COUNT), units.blocks)
+    last_row = e.variable(I64, e.number(-1))
+    with e.forever() as leave_if:
+        u = e.fetch_add(a, Arg.NEXT, 1)
+        leave_if(u, ">=", count)
+        # each other thread will have taken one by then, most likely
+        next_u = e.add(e.least(count, e.add(e.field(a, Arg.NEXT), e.field(a, Arg.JOINED))), -1)
+        last_row.set(units.multiply(u, next_u, scratch, last_row.get()))
 
-    @compiled
-    def column_of(a, u, blocks):  # type: ignore[no-untyped-def]
-        """The last block may overlap the one before it."""
-        return min((u - u // blocks * blocks) * width, get(a, _N) - width)
 
-    @compiled
-    def unit(a, scratch, u, next_u, blocks, last_row):  # type: ignore[no-untyped-def]
+class _Units:
+    """What a thread does with a unit."""
+
+    def __init__(self, e: Emitter, a: Any, kind: Kind) -> None:
+        self._e, self._a, self._k = e, a, kind
+        self._micro = MicroKernels(kind)
+        self._width, self._line = kind.panels * PANEL, kind.panels * 64  # columns of a block; bytes of its words
+        self._groups, self._words = e.field(a, Arg.GROUPS), e.field(a, Arg.WORDS)
+        n = e.field(a, Arg.N)
+        self._last = e.add(n, -self._width)
+        self.blocks = e.builder.sdiv(e.add(n, self._width - 1), e.number(self._width))
+
+    def multiply(self, u: Any, next_u: Any, scratch: Any, last_row: Any) -> Any:
         """Returns the first row of the item, which this thread's unit before began with if it is last_row."""
-        item, next_item = get(a, _ITEMS) + u // blocks * 24, get(a, _ITEMS) + next_u // blocks * 24
-        n, next_n = column_of(a, u, blocks), column_of(a, next_u, blocks)
-        expert, row, rows = get(item, 0), get(item, 1), get(item, 2)
-        total = scratch + get(a, _GROUPS) * scale_bytes
-        if scaled:
-            load_scales(a, expert, n, scratch)
-            prefetch_scales(a, get(next_item, 0), next_n)
-        clear(a, rows, total)
-        codes, ahead = codes_of(a, expert, n), codes_of(a, get(next_item, 0), next_n)
-        multiply_item(a, codes, ahead, row, rows, scratch, total, row == last_row)
-        finish_block(a, rows, total, get(a, _Y) + row * get(a, _Y_STEP) + n * y_size)
+        e, a, k = self._e, self._a, self._k
+        (item, n), (next_item, next_n) = self._of(u), self._of(next_u)
+        expert, row, rows = (e.field(item, i) for i in range(3))
+        next_expert = e.field(next_item, 0)
+        total = scratch
+        if k.scale:
+            total = e.add(scratch, e.mul(self._groups, k.parts * self._line))
+            e.call(self._micro.scales, a, *self._scales(expert), n, scratch)
+            if k.scale_access in ("vector", "strided"):
+                e.call(self._micro.prefetch_scales, a, *self._scales(next_expert), next_n)
+        self._micro.clear(e, a, rows, total)
+        codes, ahead = self._codes(expert, n), self._codes(next_expert, next_n)
+        with e.when_else(rows, "<=", k.isa.direct_rows) as (few, many):
+            with few:
+                if k.row_words:
+                    self._few_of_rows((codes, ahead), row, rows, (scratch, total), last_row)
+                else:
+                    self._few_of_panels((codes, ahead), row, rows, (scratch, total))
+            with many:
+                self._many(codes, row, rows, (scratch, total))
+        y = e.add(_at(e, a, Arg.Y, row), e.mul(n, X_SIZES[k.y]))
+        e.call(self._micro.finish, a, rows, total, y)
         return row
 
-    def gemm(a):  # type: ignore[no-untyped-def]
-        thread = fetch_add(a + 8 * _JOINED, 1)
-        scratch = get(a, _SCRATCH) + thread * get(a, _SCRATCH_STEP)
-        blocks = (get(a, _N) + width - 1) // width
-        units, row = get(a, _ITEM_COUNT) * blocks, -1
-        while True:
-            u = fetch_add(a + 8 * _NEXT, 1)
-            if u >= units:
-                break
-            # each other thread will have taken one by then, most likely
-            next_u = min(units, get(a, _NEXT) + get(a, _JOINED)) - 1
-            row = unit(a, scratch, u, next_u, blocks, row)
+    def _of(self, u: Any) -> tuple[Any, Any]:
+        """The item of a unit and the first column of its block; the last block may overlap the one before it."""
+        e = self._e
+        index = e.builder.sdiv(u, self.blocks)
+        block = e.sub(u, e.mul(index, self.blocks))
+        return e.add(e.field(self._a, Arg.ITEMS), e.mul(index, _ITEM)), e.least(e.mul(block, self._width), self._last)
 
-    return gemm
+    def _scales(self, expert: Any) -> tuple[Any, Any]:
+        """Of an expert, and its zeros."""
+        e, a = self._e, self._a
+        place = e.mul(expert, e.field(a, Arg.SCALES_E))
+        zeros = e.add(e.field(a, Arg.ZEROS), place) if self._k.asym else e.number(0)
+        return e.add(e.field(a, Arg.SCALES), place), zeros
 
+    def _codes(self, expert: Any, n: Any) -> Any:
+        """Of an expert, from a column on."""
+        e, a, codes = self._e, self._a, _at(self._e, self._a, Arg.CODES, expert)
+        if self._k.source == "panels":
+            return e.add(codes, e.mul(n, e.mul(self._words, 64 // PANEL)))
+        if self._k.source == "columns":
+            return e.add(codes, e.mul(n, self._k.bits // 8))
+        return e.add(codes, e.mul(n, e.field(a, Arg.CODES_STEP)))
 
-def _codes_of(kind: Kind) -> Any:
-    columns, panels, bits = kind.source == "columns", kind.source == "panels", kind.bits
+    def _few_of_rows(self, codes: tuple[Any, Any], row: Any, rows: Any, sums: tuple[Any, Any], last_row: Any) -> None:
+        """The rows of the weight as they lie. codes: of the block, of the next; sums: scales, totals."""
+        e, a, few = self._e, self._a, RowKernels(self._micro)
+        scales, total = sums
+        x = e.add(total, ITEM_ROWS * self._line)
+        partial = e.add(x, e.mul(rows, e.mul(self._words, self._k.operands * 4)))
+        with e.when(row, "!=", last_row):
+            e.call(few.arrange, a, row, rows, x)
+        with e.loop(e.number(self._width // self._k.isa.lanes)) as i:
+            first = e.mul(i, self._k.isa.lanes)
+            e.call(few.multiply, a, rows, *codes, first, x, partial)
+            e.call(few.add, a, rows, partial, row, scales, first)
 
-    @compiled
-    def codes_of(a, expert, n):  # type: ignore[no-untyped-def]
-        codes = get(a, _CODES) + expert * get(a, _CODES_E)
-        if panels:
-            return codes + n // PANEL * get(a, _WORDS) * 64
-        return codes + (n * bits // 8 if columns else n * get(a, _CODES_STEP))
-
-    return codes_of
-
-
-def _scales_of(kind: Kind, micro: MicroKernels) -> tuple[Any, Any]:
-    load, prefetch, asym = device_function(micro.scales), device_function(micro.prefetch_scales), kind.asym
-    fetched = kind.scale_access in ("vector", "strided")
-
-    @compiled
-    def load_scales(a, expert, n, out):  # type: ignore[no-untyped-def]
-        zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
-        load(a, get(a, _SCALES) + expert * get(a, _SCALES_E), zeros, n, out)
-
-    @compiled
-    def prefetch_scales(a, expert, n):  # type: ignore[no-untyped-def]
-        if fetched:
-            zeros = get(a, _ZEROS) + expert * get(a, _SCALES_E) if asym else 0
-            prefetch(a, get(a, _SCALES) + expert * get(a, _SCALES_E), zeros, n)
-
-    return load_scales, prefetch_scales
-
-
-def _wrap_finish(micro: MicroKernels) -> Callable[..., None]:
-    emit = device_function(micro.finish)
-
-    def finish(a, rows, total, y):  # type: ignore[no-untyped-def]
-        emit(a, rows, total, y)
-
-    return finish
-
-
-def _multiply_item(kind: Kind, micro: MicroKernels) -> Any:
-    """total += x @ w.T for the rows of an item and a block of panels.
-
-    again: the thread's unit before was of the same item.
-    """
-    multiply_few = _multiply_few_of_rows(kind, micro) if kind.row_words else _multiply_few_of_panels(kind, micro)
-    multiply_many, direct = _multiply_many(kind, micro), kind.isa.direct_rows
-
-    @compiled
-    def multiply_item(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
-        if rows <= direct:
-            multiply_few(a, codes, ahead, row, rows, scales, total, again)
-        else:
-            multiply_many(a, codes, row, rows, scales, total)
-
-    return multiply_item
-
-
-def _multiply_few_of_rows(kind: Kind, micro: MicroKernels) -> Any:
-    """The rows of the weight as they lie."""
-    few = RowKernels(micro)
-    arrange, multiply, add = (device_function(one) for one in (few.arrange, few.multiply, few.add))
-    lanes, width, word_bytes = kind.isa.lanes, kind.panels * PANEL, kind.operands * 4
-
-    @compiled
-    def arrange_rows(a, row, rows, out):  # type: ignore[no-untyped-def]
-        arrange(a, row, rows, out)
-
-    @compiled
-    def multiply_rows(a, rows, codes, ahead, first, x, partial):  # type: ignore[no-untyped-def]
-        multiply(a, rows, codes, ahead, first, x, partial)
-
-    @compiled
-    def add_rows(a, rows, partial, row, scales, first):  # type: ignore[no-untyped-def]
-        add(a, rows, partial, row, scales, first)
-
-    @compiled
-    def multiply_few(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
-        x = total + ITEM_ROWS * width * 4
-        partial = x + rows * get(a, _WORDS) * word_bytes
-        if not again:
-            arrange_rows(a, row, rows, x)
-        for first in range(0, width, lanes):
-            multiply_rows(a, rows, codes, ahead, first, x, partial)
-            add_rows(a, rows, partial, row, scales, first)
-
-    return multiply_few
-
-
-def _multiply_few_of_panels(kind: Kind, micro: MicroKernels) -> Any:
-    """A block of panels, or what is gathered into its order a chunk at a time."""
-    gathers, columns, line, per_word = (
-        kind.source != "panels",
-        kind.source == "columns",
-        kind.panels * 64,
-        kind.per_word,
-    )
-    packed, gather = device_function(micro.multiply_packed), _gather(micro)
-
-    @compiled
-    def multiply_packed(a, rows, w, panel, ahead, row, scales, first, groups):  # type: ignore[no-untyped-def]
-        packed(a, rows, w, panel, ahead, row, scales, first, groups)
-
-    @compiled
-    def multiply_few(a, codes, ahead, row, rows, scales, total, again):  # type: ignore[no-untyped-def]
-        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _CHUNK_GROUPS)
-        if not gathers:
-            multiply_packed(a, rows, codes, words * 64, ahead, row, scales, 0, groups)
+    def _few_of_panels(self, codes: tuple[Any, Any], row: Any, rows: Any, sums: tuple[Any, Any]) -> None:
+        """A block of panels, or what is gathered into its order a chunk at a time."""
+        e, a, micro, (here, ahead), (scales, total) = self._e, self._a, self._micro, codes, sums
+        if self._k.source == "panels":
+            panel = e.mul(self._words, 64)
+            e.call(micro.multiply_packed, a, rows, here, panel, ahead, row, scales, 0, self._groups)
             return
-        gathered, word_step = total + ITEM_ROWS * line, per_word * get(a, _CODES_STEP) if columns else 4
-        for first in range(0, groups, step):
-            count, start = min(step, groups - first), first * size
-            some = min(count * size, words - start)
-            gather(a, codes + start * word_step, some, gathered)
-            w, panel = gathered - start * 64, some * 64
-            multiply_packed(a, rows, w, panel, ahead, row, scales, first, count)
+        with self._chunks(Arg.CHUNK_GROUPS) as (first, count):
+            w, panel = self._gathered(here, first, count, e.add(total, ITEM_ROWS * self._line))
+            e.call(micro.multiply_packed, a, rows, w, panel, ahead, row, scales, first, count)
 
-    return multiply_few
+    def _many(self, codes: Any, row: Any, rows: Any, sums: tuple[Any, Any]) -> None:
+        """Blocks of the weight, unpacked into the cache first."""
+        e, a, (scales, total) = self._e, self._a, sums
+        operands = e.add(total, ITEM_ROWS * self._line)
+        block_words = e.mul(e.field(a, Arg.BLOCK_GROUPS), e.field(a, Arg.GROUP_WORDS))
+        gathered = e.add(operands, e.mul(block_words, self._k.operands * self._line))
+        with self._chunks(Arg.BLOCK_GROUPS) as (first, count):
+            w, panel = codes, e.mul(self._words, 64)
+            if self._k.source != "panels":
+                w, panel = self._gathered(codes, first, count, gathered)
+            e.call(self._micro.unpack, a, w, panel, scales, operands, first, count)
+            self._multiply_block(operands, row, rows, sums, (first, count))
+
+    def _chunks(self, size: Arg) -> Any:
+        """All groups, so many at once: first, count."""
+        return self._e.chunks(self._groups, self._e.field(self._a, size))
+
+    def _gathered(self, codes: Any, first: Any, count: Any, out: Any) -> tuple[Any, Any]:
+        """Gather some groups into panels: where word 0 would be, and bytes of a panel."""
+        e, a, size = self._e, self._a, self._e.field(self._a, Arg.GROUP_WORDS)
+        start = e.mul(first, size)
+        some = e.least(e.mul(count, size), e.sub(self._words, start))
+        columns = self._k.source == "columns"
+        step = e.mul(e.field(a, Arg.CODES_STEP), self._k.per_word) if columns else e.number(4)
+        e.call(self._micro.gather, a, e.add(codes, e.mul(start, step)), some, out)
+        return e.sub(out, e.mul(start, 64)), e.mul(some, 64)
+
+    def _multiply_block(
+        self, operands: Any, row: Any, rows: Any, sums: tuple[Any, Any], groups: tuple[Any, Any]
+    ) -> None:
+        """As many rows at once as there are registers for; 7 rows are 4 and 3, not 6 and 1."""
+        e, a, most, (scales, total) = self._e, self._a, self._k.isa.rows, sums
+        tiles = e.builder.sdiv(e.add(rows, most - 1), e.number(most))
+        done = e.variable(I64)
+        with e.loop(tiles) as i:
+            left, tiles_left = e.sub(rows, done.get()), e.sub(tiles, i)
+            count = e.builder.sdiv(e.add(left, tiles_left, -1), tiles_left)
+            here = e.add(row, done.get())
+            x, x_sums = (_at(e, a, base, here) for base in (Arg.X, Arg.SUMS))
+            out = e.add(total, e.mul(done.get(), self._line))
+            e.call(self._micro.multiply_unpacked, a, count, operands, x, x_sums, scales, out, *groups)
+            done.set(e.add(done.get(), count))
 
 
-def _gather(micro: MicroKernels) -> Any:
-    gathered = device_function(micro.gather)
-
-    @compiled
-    def gather(a, codes, words, out):  # type: ignore[no-untyped-def]
-        gathered(a, codes, words, out)
-
-    return gather
-
-
-def _multiply_many(kind: Kind, micro: MicroKernels) -> Any:
-    """Blocks of the weight, unpacked into the cache first."""
-    gathers, columns, line = kind.source != "panels", kind.source == "columns", kind.panels * 64
-    per_word, kind_operands = kind.per_word, kind.operands
-    gather, multiply_block = _gather(micro), _multiply_block(kind, micro)
-
-    @compiled
-    def multiply_many(a, codes, row, rows, scales, total):  # type: ignore[no-untyped-def]
-        groups, size, words, step = get(a, _GROUPS), get(a, _GROUP_WORDS), get(a, _WORDS), get(a, _BLOCK_GROUPS)
-        operands = total + ITEM_ROWS * line
-        gathered = operands + step * size * kind_operands * line
-        word_step = per_word * get(a, _CODES_STEP) if columns else 4
-        w, panel = codes, words * 64
-        for first in range(0, groups, step):
-            count = min(step, groups - first)
-            if gathers:
-                start = first * size
-                some = min(count * size, words - start)
-                w, panel = gathered - start * 64, some * 64
-                gather(a, codes + start * word_step, some, gathered)
-            multiply_block(a, rows, w, panel, row, scales, total, operands, first, count)
-
-    return multiply_many
-
-
-def _multiply_block(kind: Kind, micro: MicroKernels) -> Any:
-    unpacked, unpack = device_function(micro.multiply_unpacked), device_function(micro.unpack)
-    most, row_bytes = kind.isa.rows, kind.panels * 64
-
-    @compiled
-    def unpack_groups(a, w, panel, scales, out, first, groups):  # type: ignore[no-untyped-def]
-        unpack(a, w, panel, scales, out, first, groups)
-
-    @compiled
-    def multiply_unpacked(a, rows, w, x, sums, scales, total, first, groups):  # type: ignore[no-untyped-def]
-        unpacked(a, rows, w, x, sums, scales, total, first, groups)
-
-    @compiled
-    def multiply_block(a, rows, w, panel, row, scales, total, operands, first, count):  # type: ignore[no-untyped-def]
-        unpack_groups(a, w, panel, scales, operands, first, count)
-        x = get(a, _X) + row * get(a, _X_STEP)
-        sums = get(a, _SUMS) + row * get(a, _SUMS_STEP)
-        r, tiles = 0, (rows + most - 1) // most
-        while r < rows:
-            m = (rows - r + tiles - 1) // tiles  # 7 rows are 4 and 3, not 6 and 1
-            multiply_unpacked(
-                a, m, operands, x + r * get(a, _X_STEP), sums + r * get(a, _SUMS_STEP), scales,
-                total + r * row_bytes, first, count,
-            )  # fmt: skip
-            r += m
-            tiles -= 1
-
-    return multiply_block
+DRIVERS: dict[str, Callable[[Emitter, Any, Kind], None]] = {"run": _run, "pack": _pack, "gemm": _gemm}

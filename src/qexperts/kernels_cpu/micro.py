@@ -172,7 +172,6 @@ class MicroKernels:
 
     def gather(self, e: Emitter, a: Any, codes: Any, words: Any, out: Any) -> None:
         """Some words of a block of a weight in the public order -> panels [panels, words, 16]."""
-        e.never_inline()
         step = e.field(a, Arg.CODES_STEP)
         for p in range(self.k.panels):
             target = e.add(out, e.mul(words, 64 * p))
@@ -220,7 +219,6 @@ class MicroKernels:
 
         w: where word 0 is or would be; panel: bytes from one panel to the next.
         """
-        e.never_inline()
         size = self.k.operands * self.registers * self.bytes
         first = e.mul(first_group, e.field(a, Arg.GROUP_WORDS))
         with e.loop(groups) as i:
@@ -257,7 +255,6 @@ class MicroKernels:
 
         scales, zeros: of the expert.
         """
-        e.never_inline()
         k, lanes = self.k, self.k.isa.lanes
         if k.scale_access != "strided":
             self._scales_by_group(e, a, scales, zeros, n, out)
@@ -311,7 +308,6 @@ class MicroKernels:
 
     def prefetch_scales(self, e: Emitter, a: Any, scales: Any, zeros: Any, n: Any) -> None:
         """Have the scales (and zeros) of a block of columns fetched."""
-        e.never_inline()
         k = self.k
         count = e.field(a, Arg.GROUPS) if k.scale_access == "vector" else e.number(k.panels * PANEL)
         step = e.field(a, Arg.SCALES_G if k.scale_access == "vector" else Arg.SCALES_N)
@@ -408,10 +404,9 @@ class MicroKernels:
         groups: tuple[Any, Any],
     ) -> None:  # fmt: skip
         """A version for each number of rows, with registers of its own."""
-        e.never_inline()
         count, most = rows
         for m in range(1, most + 1):
-            with e.case(count, m):
+            with e.when(count, "==", m):
                 self._multiply_rows(e, a, m, multiply, places, groups)
 
     def _multiply_rows(
@@ -473,7 +468,6 @@ class MicroKernels:
 
     def finish(self, e: Emitter, a: Any, rows: Any, total: Any, y: Any) -> None:
         """y[m, n] = total[m, n], rounded to the dtype of y"""
-        e.never_inline()
         k, step = self.k, e.field(a, Arg.Y_STEP)
         with e.loop(rows) as m:
             for p in range(k.panels):

@@ -23,7 +23,6 @@ class Packing:
 
     def pack_row(self, e: Emitter, a: Any, x: Any, out: Any, sums: Any) -> None:
         """A row of activations -> the order of the operands, and the sum (and scale) of each group."""
-        e.never_inline()
         k, b = self._kind, e.builder
         steps = b.sdiv(e.field(a, Arg.K), e.number(STEP))
         size = b.sdiv(e.mul(e.field(a, Arg.GROUP_WORDS), k.per_word), e.number(STEP))

@@ -42,7 +42,6 @@ class RowKernels:
 
     def arrange(self, e: Emitter, a: Any, row: Any, rows: Any, out: Any) -> None:
         """Packed rows of activations -> [rows, registers, operands, lanes]."""
-        e.never_inline()
         lanes, operands, count = self._lanes, self._k.operands, self._registers(e, a)
         with e.loop(rows) as m, e.loop(count) as i:
             x = e.add(e.field(a, Arg.X), e.mul(e.add(row, m), e.field(a, Arg.X_STEP)))
@@ -57,9 +56,8 @@ class RowKernels:
 
         codes: of the block; ahead: of the one that comes next; x: as `arrange` leaves it.
         """
-        e.never_inline()
         for m in range(1, self._k.isa.direct_rows + 1):
-            with e.case(rows, m):
+            with e.when(rows, "==", m):
                 self._multiply_rows(e, a, m, (codes, ahead, first), x, partial)
 
     def _multiply_rows(self, e: Emitter, a: Any, rows: int, weight: tuple[Any, Any, Any], x: Any, partial: Any) -> None:
@@ -103,7 +101,6 @@ class RowKernels:
 
         row: the first of the activations; first: of the weight's, as for `multiply`.
         """
-        e.never_inline()
         k, lanes, micro = self._k, self._lanes, self._micro
         segments = self._segments(e, a)
         line, at = k.parts * k.panels * 64, e.mul(first, 4)

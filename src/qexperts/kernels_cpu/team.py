@@ -2,7 +2,7 @@
 
 torch brings its OpenMP library; kernels are given to the same library, from the same thread, in the same number. So
 there is one pool: no second set of threads that waits actively while torch computes, and none that the system places
-on a core beside torch's. (A pool of Numba's own cost up to 16-60 ms a call where 0.4-3 ms were expected, whenever two
+on a core beside torch's. (Another pool, Numba's, cost up to 16-60 ms a call where 0.4-3 ms were expected, whenever two
 threads shared a core.)
 """
 

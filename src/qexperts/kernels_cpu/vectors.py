@@ -8,19 +8,18 @@ splits or widens vectors as the target needs.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-__all__ = ["Emitter", "bf16_bits", "call_function", "device_function", "fetch_add", "wait_for"]
+__all__ = ["Emitter", "bf16_bits", "write_function"]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
+_POINTER = I8.as_pointer()
 
 
 class _BFloat(ir.Type):
@@ -50,38 +49,25 @@ def bf16_bits(value: float) -> int:
     return bits >> 16
 
 
-def device_function(emit: Callable[..., Any], returns: bool = False) -> Any:
-    """A function of 64-bit integers for Numba code, whose body `emit(emitter, *arguments)` writes in LLVM.
-
-    Every address is an integer too.
-    """
-    names = list(inspect.signature(emit).parameters)[1:]
-    result = types.int64 if returns else types.void
-
-    def define(typingctx: Any, *arguments: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            value = emit(Emitter(builder), *values)
-            return value if returns else context.get_dummy_value()
-
-        return result(*[types.int64] * len(names)), generate
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    define.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, kind) for name in ("typingctx", *names)]
-    )
-    define.__name__ = emit.__name__
-    return intrinsic(define)
+def write_function(module: ir.Module, name: str, parameters: Sequence[ir.Type], write: Callable[..., None]) -> Any:
+    """A function of a module, which returns nothing; its body is what `write(emitter, *parameters)` writes."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    write(Emitter(builder), *function.args)
+    builder.ret_void()
+    return function
 
 
 class Variable:
-    """A vector that changes inside loops; LLVM keeps it in a register."""
+    """A value that changes inside loops; LLVM keeps it in a register."""
 
     def __init__(self, e: Emitter, kind: ir.Type) -> None:
         self.kind, self._builder = kind, e.builder
-        self._place = cgutils.alloca_once(e.builder, kind)
+        with e.builder.goto_entry_block():
+            self._place = e.builder.alloca(kind)
 
     def get(self) -> Any:
-        return self._builder.load(self._place)
+        return self._builder.load(self._place, typ=self.kind)
 
     def set(self, value: Any) -> None:
         self._builder.store(value, self._place)
@@ -93,23 +79,74 @@ class Emitter:
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
-    # ---- addresses, loops
+    # ---- functions
+
+    def call(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Call the function of 64-bit integers, addresses too, whose body `write(emitter, *arguments)` writes, once in
+        a module: apart from this one, so that its registers are its own."""
+        module, name = self.builder.module, write.__qualname__
+        function = module.globals.get(name)
+        if function is None:
+            function = write_function(module, name, [I64] * len(arguments), write)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+        self.builder.call(function, [self._integer(one) for one in arguments])
+
+    def call_address(self, function: Any, record: Any) -> None:
+        """Call `void function(void *record)`."""
+        kind = ir.FunctionType(ir.VoidType(), [_POINTER])
+        address = self.builder.bitcast(self.builder.inttoptr(function, _POINTER), kind.as_pointer())
+        self.builder.call(address, [self.builder.inttoptr(record, _POINTER)])
+
+    def _intrinsic(self, name: str, result: ir.Type, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [a.type for a in arguments])
+        function = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+        return self.builder.call(function, arguments)
+
+    # ---- addresses, integers
 
     def number(self, value: int) -> Any:
         return ir.Constant(I64, value)
 
+    def _integer(self, value: Any) -> Any:
+        return self.number(value) if isinstance(value, int) else value
+
     def add(self, *terms: Any) -> Any:
-        total = terms[0]
-        for term in terms[1:]:
-            total = self.builder.add(total, self.number(term) if isinstance(term, int) else term)
-        return total
+        return functools.reduce(self.builder.add, map(self._integer, terms))
+
+    def sub(self, a: Any, b: Any) -> Any:
+        return self.builder.sub(a, self._integer(b))
 
     def mul(self, a: Any, b: Any) -> Any:
-        return self.builder.mul(a, self.number(b) if isinstance(b, int) else b)
+        return self.builder.mul(a, self._integer(b))
+
+    def least(self, a: Any, b: Any) -> Any:
+        """The smaller integer."""
+        return self.builder.select(self.compare(a, "<", b), a, self._integer(b))
+
+    def most(self, a: Any, b: Any) -> Any:
+        """The larger integer."""
+        return self.builder.select(self.compare(a, ">", b), a, self._integer(b))
+
+    def compare(self, a: Any, sign: str, b: Any) -> Any:
+        return self.builder.icmp_signed(sign, a, self._integer(b))
 
     def field(self, record: Any, index: int) -> Any:
         """The 64-bit integer at a place of a record."""
         return self.load(record, I64, 8 * index)
+
+    def set_field(self, record: Any, index: int, value: Any) -> None:
+        self.store(value, record, 8 * index)
+
+    def fetch_add(self, record: Any, index: int, value: Any) -> Any:
+        """A field, which grows by value in the same step, whichever thread does it."""
+        return self.builder.atomic_rmw("add", self.pointer(record, I64, 8 * index), self._integer(value), "acq_rel")
+
+    def wait_for(self, record: Any, index: int, value: Any) -> None:
+        """Until a field is at least value; what was written before it is then seen."""
+        place = self.pointer(record, I64, 8 * index)
+        with self.forever() as leave_if:
+            leave_if(self.builder.load_atomic(place, "acquire", 8), ">=", value)
 
     def pointer(self, address: Any, kind: ir.Type, offset: Any = 0) -> Any:
         b = self.builder
@@ -117,6 +154,9 @@ class Emitter:
         if not isinstance(offset, int) or offset:
             base = b.gep(base, [self.number(offset) if isinstance(offset, int) else offset], source_etype=I8)
         return b.bitcast(base, kind.as_pointer())
+
+    def address(self, pointer: Any) -> Any:
+        return self.builder.ptrtoint(pointer, I64)
 
     def load(self, address: Any, kind: ir.Type, offset: Any = 0) -> Any:
         value = self.builder.load(self.pointer(address, kind, offset), typ=kind)
@@ -129,34 +169,64 @@ class Emitter:
     def prefetch(self, address: Any, offset: Any = 0, near: bool = True) -> None:
         """Have a cache line fetched, into the first cache if near, else into the second; any address will do."""
         place = self.pointer(address, I8, offset)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(function, [place, *(ir.Constant(I32, i) for i in (0, 3 if near else 2, 1))])
+        self._intrinsic(
+            "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, i) for i in (0, 3 if near else 2, 1))
+        )
 
-    def least(self, a: Any, b: Any) -> Any:
-        """The smaller integer."""
-        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+    # ---- loops, conditions
 
     @contextlib.contextmanager
     def loop(self, count: Any) -> Iterator[Any]:
         """for i in range(count)"""
-        with cgutils.for_range(self.builder, count, intp=I64) as loop:
-            yield loop.index
+        b, before = self.builder, self.builder.block
+        head, body, end = (b.append_basic_block(name) for name in ("loop", "body", "end"))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(I64)
+        i.add_incoming(self.number(0), before)
+        b.cbranch(self.compare(i, "<", count), body, end)
+        b.position_at_end(body)
+        yield i
+        i.add_incoming(self.add(i, 1), b.block)
+        b.branch(head)
+        b.position_at_end(end)
 
     @contextlib.contextmanager
-    def case(self, value: Any, constant: int) -> Iterator[None]:
-        """if value == constant"""
-        with self.builder.if_then(self.builder.icmp_signed("==", value, self.number(constant))):
-            yield
+    def chunks(self, count: Any, size: Any) -> Iterator[tuple[Any, Any]]:
+        """Of range(count), so many at once: the first, how many."""
+        with self.loop(self.builder.sdiv(self.add(count, size, -1), size)) as i:
+            first = self.mul(i, size)
+            yield first, self.least(self.sub(count, first), size)
+
+    @contextlib.contextmanager
+    def forever(self) -> Iterator[Callable[[Any, str, Any], None]]:
+        """while True; what this yields leaves the loop if a comparison holds."""
+        b = self.builder
+        again, end = b.append_basic_block("again"), b.append_basic_block("end")
+
+        def leave_if(x: Any, sign: str, y: Any) -> None:
+            on = b.append_basic_block("on")
+            b.cbranch(self.compare(x, sign, y), end, on)
+            b.position_at_end(on)
+
+        b.branch(again)
+        b.position_at_end(again)
+        yield leave_if
+        b.branch(again)
+        b.position_at_end(end)
+
+    def when(self, a: Any, sign: str, b: Any) -> Any:
+        """if a (sign) b"""
+        return self.builder.if_then(self.compare(a, sign, b))
+
+    def when_else(self, a: Any, sign: str, b: Any) -> Any:
+        """if a (sign) b, and else: a block for each."""
+        return self.builder.if_else(self.compare(a, sign, b))
 
     def variable(self, kind: ir.Type, value: Any = None) -> Variable:
         made = Variable(self, kind)
         made.set(self.zero(kind) if value is None else value)
         return made
-
-    def never_inline(self) -> None:
-        """Keep the function being written apart, so that its registers are its own."""
-        self.builder.function.attributes.add("noinline")
 
     # ---- vectors
 
@@ -184,19 +254,15 @@ class Emitter:
         other = self.constant(kind, amount) if isinstance(kind, ir.VectorType) else ir.Constant(kind, amount)
         return getattr(self.builder, operation)(value, other)
 
-    def _call(self, name: str, result: ir.Type, *arguments: Any) -> Any:
-        kind = ir.FunctionType(result, [a.type for a in arguments])
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
-
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c: one instruction where the target has it, two elsewhere."""
-        return self._call(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+        return self._intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
     def call_unary(self, name: str, a: Any) -> Any:
-        return self._call(f"llvm.{name}.v{a.type.count}f32", a.type, a)
+        return self._intrinsic(f"llvm.{name}.v{a.type.count}f32", a.type, a)
 
     def maximum(self, a: Any, b: Any) -> Any:
-        return self._call(f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
+        return self._intrinsic(f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
 
     def total(self, a: Any) -> Any:
         """The sum of a vector's elements, halves first."""
@@ -217,24 +283,28 @@ class Emitter:
         """AVX-512 BF16: total += a[2i] * b[2i] + a[2i+1] * b[2i+1]; a, b: pairs of bf16 as 32-bit words."""
         pairs = vector(_BFloat(), 32)
         a, b = self.cast(a, pairs), self.cast(b, pairs)
-        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b)
+        return self._intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b)
 
     def dot_int8(self, total: Any, a: Any, b: Any) -> Any:
         """AVX-512 VNNI: total += the products of four unsigned bytes of a and four signed bytes of b."""
         kind = vector(I8, 64) if binding.llvm_version_info[0] >= 22 else total.type
-        return self._call("llvm.x86.avx512.vpdpbusd.512", total.type, total, self.cast(a, kind), self.cast(b, kind))
+        return self._intrinsic(
+            "llvm.x86.avx512.vpdpbusd.512", total.type, total, self.cast(a, kind), self.cast(b, kind)
+        )
 
     def dot_int16(self, total: Any, a: Any, b: Any, fused: bool) -> Any:
         """total += a[2i] * b[2i] + a[2i+1] * b[2i+1], 16-bit integers; fused: AVX-512 VNNI, else AVX2."""
         lanes = total.type.count
         if fused:
             kind = vector(I16, 2 * lanes) if binding.llvm_version_info[0] >= 22 else total.type
-            return self._call("llvm.x86.avx512.vpdpwssd.512", total.type, total, self.cast(a, kind), self.cast(b, kind))
+            return self._intrinsic(
+                "llvm.x86.avx512.vpdpwssd.512", total.type, total, self.cast(a, kind), self.cast(b, kind)
+            )
         # 256 bits at a time: what has no VNNI is tuned for that, and LLVM then takes no instruction of 512 bits
         parts = []
         for first in range(0, lanes, 8):
             pairs = [self.cast(self.shuffle(t, t, range(first, first + 8)), vector(I16, 16)) for t in (a, b)]
-            parts.append(self._call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), *pairs))
+            parts.append(self._intrinsic("llvm.x86.avx2.pmadd.wd", vector(I32, 8), *pairs))
         products = parts[0] if lanes == 8 else self.shuffle(parts[0], parts[1], range(lanes))
         return self.builder.add(total, products)
 
@@ -242,14 +312,14 @@ class Emitter:
         """AVX-512 BW: entries of a table of 32 16-bit values, by the low 5 bits of each 16-bit element."""
         kind = vector(I16, 32)
         entries = self.constant(kind, [_signed(v, 16) for v in table])
-        found = self._call("llvm.x86.avx512.permvar.hi.512", kind, entries, self.cast(index, kind))
+        found = self._intrinsic("llvm.x86.avx512.permvar.hi.512", kind, entries, self.cast(index, kind))
         return self.cast(found, index.type)
 
     def lookup_8(self, table: Sequence[int], index: Any) -> Any:
         """AVX-512 VBMI: entries of a table of 128 bytes, by the low 7 bits of each byte."""
         kind = vector(I8, 64)
         low, high = (self.constant(kind, [_signed(v, 8) for v in table[i : i + 64]]) for i in (0, 64))
-        found = self._call("llvm.x86.avx512.vpermi2var.qi.512", kind, low, self.cast(index, kind), high)
+        found = self._intrinsic("llvm.x86.avx512.vpermi2var.qi.512", kind, low, self.cast(index, kind), high)
         return self.cast(found, index.type)
 
     # ---- numbers
@@ -306,31 +376,3 @@ class Emitter:
 
 def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >= 1 << (bits - 1) else value
-
-
-def _fetch_add(e: Emitter, address: Any, value: Any) -> Any:
-    """The integer at an address, which grows by value in the same step, whichever thread does it."""
-    place = e.builder.inttoptr(address, I64.as_pointer())
-    return e.builder.atomic_rmw("add", place, value, "acq_rel")
-
-
-def _wait_for(e: Emitter, address: Any, value: Any) -> None:
-    """Return when the integer at an address is at least value; what was written before it is then seen."""
-    b = e.builder
-    place = b.inttoptr(address, I64.as_pointer())
-    again, done = b.append_basic_block("again"), b.append_basic_block("done")
-    b.branch(again)
-    b.position_at_end(again)
-    b.cbranch(b.icmp_signed(">=", b.load_atomic(place, "acquire", 8), value), done, again)
-    b.position_at_end(done)
-
-
-def _call_function(e: Emitter, function: Any, record: Any) -> None:
-    """Call `void function(void *record)`."""
-    b = e.builder
-    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
-    b.call(b.inttoptr(function, kind.as_pointer()), [b.inttoptr(record, I8.as_pointer())])
-
-
-fetch_add = device_function(_fetch_add, returns=True)
-wait_for, call_function = device_function(_wait_for), device_function(_call_function)
