@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qexperts.backends import cpu_backend
+from qexperts.bench import run as running
 from qexperts.bench.records import Record, load_records
 
 SRC = Path(__file__).resolve().parents[1] / "src"
@@ -147,8 +150,24 @@ def test_cpu_preset_says_it_is_scaled() -> None:
     rows = json.loads(done.stdout)
     assert {(r["n"], r["k"]) for r in rows} == {(768, 384), (384, 768)}
     for r in rows:
-        assert r["total_tokens"] == 2048 and r["num_experts"] == 64
-        assert "31440" in r["scaled"] and "2048" in r["scaled"] and "divided by 4" in r["scaled"]
+        assert r["total_tokens"] == 768 and r["num_experts"] == 24
+        assert "31440" in r["scaled"] and "768 rows" in r["scaled"] and "divided by 4" in r["scaled"]
+        assert "the second projection where 60 s are enough" in r["scaled"]
+
+
+def test_a_preset_that_would_take_too_long_leaves_its_second_projection_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = running.prepare(running.BenchOptions(device="cpu", formats="int8_sym,int4_sym", provider="torch", rounds=1))
+    times = iter([0.0, 1.0, 40.0])  # the start, the first workload, the first of the second projection
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(running, "measure_workload", lambda workload, *rest: [workload])
+    monkeypatch.setattr(running, "measure_ceilings", lambda *arguments: None)
+    said: list[str] = []
+    measured = list(running.run(dataclasses.replace(job, writer=SimpleNamespace(write=len)), say=said.append))
+    assert [(w.n, w.k, w.format.name) for w in measured] == [(768, 384, "int8_sym"), (768, 384, "int4_sym")]
+    assert said == [
+        "left out: N=384 K=768, which would end after 79 s; without sizes a CPU takes at most 60 s. Measure it with "
+        "--experts 24 --tokens 768 --n 384 --k 768 --thresholds 16,64"
+    ]
 
 
 def test_decode_runs_the_public_call(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,8 +32,10 @@ THRESHOLDS = (64, 128, 256, 512, 1024)
 ROUNDS = {"cpu": 5}
 ROUNDS_DEVICE = 20
 # What a CPU measures when no size is asked for. The ratio of rows to experts, and with it the thresholds, is a
-# quarter of the recorded one.
+# quarter of the recorded one. A prefill has many rows to time, of every strategy; its second projection is measured if
+# it takes no longer than the rest of these seconds, judged by the first.
 CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64)
+CPU_PREFILL_EXPERTS, CPU_PREFILL_TOKENS, CPU_PREFILL_SECONDS = 24, 768, 60
 DECODE_EXPERTS = 192
 HIDDEN, INTERMEDIATE = PROJECTIONS[0]  # w_down is the first recorded projection, gate and up are each the second
 
@@ -93,7 +96,11 @@ class BenchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Checked options: what will be measured, where, and where it is saved."""
+    """Checked options: what will be measured, where, and where it is saved.
+
+    Attributes:
+        seconds: of the preset of a CPU: workloads of further projections are left out if they would take longer.
+    """
 
     options: BenchOptions
     device: torch.device
@@ -104,6 +111,7 @@ class Job:
     layouts: list[str]
     rounds: int
     threads: Sequence[int | None]
+    seconds: float | None
     writer: RecordWriter
 
 
@@ -137,23 +145,32 @@ def prepare(options: BenchOptions) -> Job:
         raise ValueError(f"--threads {options.threads}: for CPUs; the device is {device}")
     rounds = options.rounds or ROUNDS.get(device.type, ROUNDS_DEVICE)
     writer = RecordWriter(options.save)
-    return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, threads, writer)
+    seconds = CPU_PREFILL_SECONDS if scaled and options.kind == "prefill" else None
+    return Job(options, device, workloads, strategies, apis, providers, layouts, rounds, threads, seconds, writer)
 
 
 def run(
-    job: Job, tick: Callable[[Workload | LayerWorkload, int, str], None] = lambda w, i, text: None
+    job: Job,
+    tick: Callable[[Workload | LayerWorkload, int, str], None] = lambda w, i, text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Record]:
     """Measure every workload; each record is saved before it is yielded.
 
     Args:
         tick: progress: workload, its index, and what happens now.
+        say: what is left out, and why.
     """
+    started, further = time.monotonic(), _further(job.workloads)
     if job.workloads:
         tick(job.workloads[0], 0, "measuring ceilings")
     with torch.cuda.device(job.device) if job.device.type == "cuda" else contextlib.nullcontext():
         ceilings = measure_ceilings(job.device, DTYPES[job.options.dtype])
         env = environment(job.device)
+        began = time.monotonic()
         for i, workload in enumerate(job.workloads):
+            if i == further and (reason := _too_long(job, i, started, began)):
+                say(reason)
+                break
             how = (ceilings, env, job.device, job.rounds, lambda text, w=workload, i=i: tick(w, i, text))
             if isinstance(workload, LayerWorkload):
                 records = measure_layer(workload, job.layouts, *how)
@@ -162,6 +179,26 @@ def run(
             for record in records:
                 job.writer.write([record])
                 yield record
+
+
+def _further(workloads: Sequence[Workload | LayerWorkload]) -> int | None:
+    """The first workload of another projection than the first one's."""
+    sizes = [(w.n, w.k) for w in workloads if isinstance(w, Workload)]
+    return next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+
+
+def _too_long(job: Job, i: int, started: float, began: float) -> str | None:
+    """Why the workloads from the i-th on are left out, if they would take as long as those before them did."""
+    workload, now = job.workloads[i], time.monotonic()
+    would_end = now - started + now - began
+    if job.seconds is None or would_end <= job.seconds or not isinstance(workload, Workload):
+        return None
+    sizes = f"--experts {CPU_PREFILL_EXPERTS} --tokens {CPU_PREFILL_TOKENS} --n {workload.n} --k {workload.k}"
+    thresholds = ",".join(map(str, CPU_THRESHOLDS))
+    return (
+        f"left out: N={workload.n} K={workload.k}, which would end after {would_end:.0f} s; without sizes a CPU "
+        f"takes at most {job.seconds:.0f} s. Measure it with {sizes} --thresholds {thresholds}"
+    )
 
 
 def _candidates(job: Job, workload: Workload) -> list[Candidate]:
@@ -187,11 +224,13 @@ def _prefill(o: BenchOptions, scaled: bool) -> list[Workload]:
     if is_synthetic(text):
         total = recorded().total_tokens if o.tokens is None else o.tokens
         cap = -(-total // max(1, min(o.top_k, o.top_k if o.experts is None else o.experts)))
-    experts, tokens = (CPU_EXPERTS, CPU_TOKENS) if scaled else (o.experts, o.tokens)
+    experts, tokens = (CPU_PREFILL_EXPERTS, CPU_PREFILL_TOKENS) if scaled else (o.experts, o.tokens)
     distribution = parse_distribution(text, num_experts=experts, total_tokens=tokens, seed=o.seed, max_per_expert=cap)
     if distribution.total_tokens == 0:
         raise ValueError(f"--distribution {text}: no rows at all; there is nothing to measure")
-    note = [distribution.scaled, f"N and K divided by {CPU_DIVISOR}" if scaled else None]
+    note = [distribution.scaled]
+    if scaled:
+        note.append(f"N and K divided by {CPU_DIVISOR}; the second projection where {CPU_PREFILL_SECONDS} s are enough")
     return _workloads(o, scaled, distribution, "; ".join(filter(None, note)) or None)
 
 

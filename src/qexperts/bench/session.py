@@ -32,7 +32,7 @@ def bench_session(job: Job, out: str) -> int:
 
     def measure() -> None:
         with _Progress(console, len(job.workloads)) as progress:
-            for record in run(job, progress.tick):
+            for record in run(job, progress.tick, lambda text: console.print(text, style="yellow", highlight=False)):
                 found.append(record)
 
     return reported(job, measure, found, (out, job.options.mode), console)
