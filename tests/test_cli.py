@@ -222,7 +222,7 @@ def test_plots(tmp_path: Path) -> None:
 def test_interrupt_keeps_the_rows_measured_so_far(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "qexperts", "bench", "prefill", *TINY, "--rounds", "200", "--save", str(path)]
+    command = [sys.executable, "-m", "qexperts", "bench", "prefill", *TINY, "--rounds", "40", "--save", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") >= 12):

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import qexperts
 from qexperts import QuantExperts, UnsupportedError, dequantize, from_pretrained, quantize, quantize_experts
 
+ROOT = Path(__file__).parent.parent
 IDS = torch.tensor([[1, 17, 3, 99, 42, 7, 64, 23, 5, 11]])
 
 
@@ -32,7 +34,7 @@ def tokens(model: Any, new: int = 8) -> list[int]:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(IDS).logits
+    return model(IDS.to(model.device)).logits
 
 
 def assert_same(model: Any, reference: Any) -> None:
@@ -203,7 +205,8 @@ def test_memory_while_loading(tmp_path: Path, backend: str) -> None:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "large")
     command = [sys.executable, "-c", MEMORY_PROBE, *(str(tmp_path / size) for size in ("small", "large")), backend]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
     peak, resident = json.loads(run.stdout.splitlines()[-1])
     assert peak <= 1.2 * resident + 2**23, (peak, resident)
@@ -245,8 +248,11 @@ def test_devices_by_layer(tmp_path: Path) -> None:
     model = from_pretrained(tmp_path, **options)
     by_layer = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu"}
     rest = {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    for device_map in ("cpu", {"": "cpu"}, {**by_layer, **rest}, "auto"):
+    for device_map in ("cpu", {"": "cpu"}, {**by_layer, **rest}):
         assert torch.equal(logits(from_pretrained(tmp_path, device_map=device_map, **options)), logits(model))
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    auto, there = (from_pretrained(tmp_path, device_map=where, **options) for where in ("auto", {"": best.type}))
+    assert auto.device.type == best.type and torch.equal(logits(auto), logits(there))
 
 
 def test_experts_are_not_offloaded(tmp_path: Path) -> None:
@@ -565,8 +571,6 @@ def test_names_of_the_package() -> None:
 
 # ---- the documentation
 
-ROOT = Path(__file__).parent.parent
-
 
 def parametrized(test: Any) -> dict[str, list[str]]:
     """Parameter -> values of a test."""
@@ -604,7 +608,8 @@ def test_the_five_lines_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixt
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
-    quantize_experts(writers.tiny("qwen3_moe"), "int4_sym", group_size=32, backend="torch").save_pretrained(tmp_path)
+    model = writers.tiny("qwen3_moe", torch.bfloat16)
+    quantize_experts(model, "int4_sym", group_size=32, backend="torch").save_pretrained(tmp_path)
     section = (ROOT / "README.md").read_text().partition("## Run a quantized MoE model")[2]
     code = section.partition("```python\n")[2].partition("```")[0]
     assert 'path = "Qwen3-30B-A3B-int4"' in code
