@@ -7,7 +7,6 @@ import mmap
 import os
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,16 +119,20 @@ def test_groups_that_are_small_throughout_or_zero_are_no_exception(monkeypatch: 
     [("pack", "panels", 0), ("gemm", "panels", 0), ("gemm", "rows", 16), ("gemm", "rows", 4)],
 )
 @pytest.mark.parametrize("fmt", ["int8_sym", "int4_sym", "int2_asym"])
-def test_avx512_without_vnni_compiles_where_it_does_not_run(fmt: str, part: str, source: str, words: int) -> None:
+@pytest.mark.parametrize("name", ["avx512", "avx512_bf16"])
+def test_avx512_compiles_where_it_does_not_run(
+    name: str, fmt: str, part: str, source: str, words: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     from qexperts.kernels_cpu import build, isa
     from qexperts.kernels_cpu.spec import Kind
 
     spec = FORMATS[fmt]
     kind = Kind(
-        isa=isa._isa("avx512"), format=fmt, bits=spec.bits, asym=spec.asym, x="bf16", y="bf16", dot="int16", int8=False,
+        isa=isa._isa(name), format=fmt, bits=spec.bits, asym=spec.asym, x="bf16", y="bf16", dot="int16", int8=False,
         scale="bf16", scale_access="vector", source=source, panels=4, row_words=words,
     )  # fmt: skip
     assert len(build._compile(part, kind.deciding(part))) > 1000
+    assert capfd.readouterr().err == "", "LLVM knows every feature"
 
 
 # ---- rows of public weights
@@ -163,32 +166,23 @@ def test_rows_of_public_weights_give_the_bits_of_prepared_ones(
     assert torch.equal(y, multiply(inputs, prepared))
 
 
-class Numbers:
-    """As much of an emitter as `summed` needs, on tensors: registers that this machine may not have."""
-
-    class Register:
-        def __init__(self, values: torch.Tensor) -> None:
-            self.values = values
-
-        @property
-        def type(self) -> Any:
-            return types.SimpleNamespace(count=len(self.values))
-
-    def __init__(self) -> None:
-        self.builder = types.SimpleNamespace(add=lambda a, b: self.Register(a.values + b.values))
-
-    def shuffle(self, a: Register, b: Register, order: list[int]) -> Register:
-        return self.Register(torch.cat([a.values, b.values])[order])
-
-
-@pytest.mark.parametrize(("lanes", "width"), [(16, 16), (16, 8), (16, 4), (8, 8), (8, 4)])
-def test_sums_of_lanes_are_transposed(lanes: int, width: int) -> None:
-    from qexperts.kernels_cpu.rows import summed
-
-    e: Any = Numbers()
-    values = torch.randint(-(2**20), 2**20, (lanes, lanes))
-    found = torch.stack([one.values for one in summed(e, [e.Register(row) for row in values], width)])
-    assert torch.equal(found, values.view(lanes, lanes // width, width).sum(-1).T)
+@pytest.mark.skipif("avx2" not in isas(), reason="for x86-64")
+@pytest.mark.parametrize(
+    ("fmt", "group"), [("int8_asym", 256), ("int4_sym", 128), ("int4_asym", 32), ("int2_sym", 128), ("int2_asym", 64)]
+)
+def test_rows_in_registers_of_16_lanes_give_the_same_bits(
+    fmt: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of AVX-512, with the instructions of AVX2."""
+    inputs = make_inputs(Case((1, 2, 3, 4, 0, 5), 112, 512, fmt, group))
+    w = inputs.weight
+    calls = [cpu_backend.BoundCall(w, torch.bfloat16, wide=False, int8=False)]
+    wide = dataclasses.replace(cpu_backend._isa_used(), name="16 lanes", lanes=16, panels=4)
+    monkeypatch.setattr(cpu_backend, "_isa_used", lambda: wide)
+    calls += [cpu_backend.BoundCall(w, torch.bfloat16, wide=False, int8=False)]
+    assert calls[1]._kernel.kind.row_words and calls[1]._kernel.kind.isa.set_rows == 4
+    y, same = (call(inputs.x, w.codes, w.scales, w.zeros, inputs.counts) for call in calls)
+    assert torch.equal(y, same)
 
 
 # ---- instruction sets

@@ -76,7 +76,8 @@ class Arena:
         start, self.used = self.used, self.used + -(-size // _ALIGN) * _ALIGN
         buffer = None if self._kept is None else self._kept.buffer
         if buffer is not None and self.used <= buffer.numel():
-            return buffer[start : start + size].view(dtype).view(shape)
+            part = buffer[start : start + size]
+            return part if dtype == torch.uint8 and len(shape) == 1 else part.view(dtype).view(shape)
         taken = torch.empty(shape, dtype=dtype, device=self._device)
         if self._kept is not None:  # only what could be had is asked for again
             self._kept.high_water = max(self._kept.high_water, self.used)

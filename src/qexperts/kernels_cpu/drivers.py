@@ -187,8 +187,8 @@ class _Units:
         partial = e.add(x, e.mul(rows, e.mul(self._words, self._k.operands * 4)))
         with e.when(row, "!=", last_row):
             e.call(few.arrange, a, row, rows, x)
-        with e.loop(e.number(self._width // self._k.isa.lanes)) as i:
-            first = e.mul(i, self._k.isa.lanes)
+        with e.loop(e.number(self._width // self._k.part_rows)) as i:
+            first = e.mul(i, self._k.part_rows)
             e.call(few.multiply, a, rows, *codes, first, x, partial)
             e.call(few.add, a, rows, partial, row, scales, first)
 

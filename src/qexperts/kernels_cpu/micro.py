@@ -17,7 +17,7 @@ from llvmlite import ir
 from .spec import PANEL, X_SIZES, Arg, Kind
 from .vectors import F32, I8, I16, I32, Emitter, bf16_bits, vector
 
-__all__ = ["MicroKernels"]
+__all__ = ["MicroKernels", "quarters_transposed"]
 
 Multiply = Callable[[Any, "_Products"], None]  # a group; its sums
 
@@ -526,22 +526,20 @@ def transposed(e: Emitter, rows: list[Any]) -> list[Any]:
     for r in range(0, lanes, 4):
         pairs = [interleave(rows[r + i], rows[r + i + 1], 1, high) for i in (0, 2) for high in (0, 1)]
         squares.append([interleave(pairs[high], pairs[2 + high], 2, half) for high in (0, 1) for half in (0, 1)])
-    if lanes == 4:
-        return squares[0]
+    words = [quarters_transposed(e, [square[word] for square in squares]) for word in range(4)]
+    return [one for of_quarter in zip(*words, strict=True) for one in of_quarter]
 
-    def quarter(a: Any, b: Any, chosen: list[int]) -> Any:
-        return e.shuffle(a, b, [4 * q + i for q in chosen for i in range(4)])
 
-    columns: list[Any] = [None] * lanes
-    for word in range(4):
-        if lanes == 8:
-            a, b = squares[0][word], squares[1][word]
-            for q in (0, 1):
-                columns[4 * q + word] = quarter(a, b, [q, 2 + q])
-            continue
-        low = [quarter(squares[s][word], squares[s + 1][word], [0, 1, 4, 5]) for s in (0, 2)]
-        high = [quarter(squares[s][word], squares[s + 1][word], [2, 3, 6, 7]) for s in (0, 2)]
-        for q in range(4):
-            a, b = low if q < 2 else high
-            columns[4 * q + word] = quarter(a, b, [q % 2, 2 + q % 2, 4 + q % 2, 6 + q % 2])
-    return columns
+def quarters_transposed(e: Emitter, rows: list[Any]) -> list[Any]:
+    """A square of 128-bit quarters of registers: as many registers as a register has quarters."""
+
+    def choose(a: Any, b: Any, *quarters: int) -> Any:
+        return e.shuffle(a, b, [4 * q + i for q in quarters for i in range(4)])
+
+    if len(rows) == 1:
+        return rows
+    if len(rows) == 2:
+        a, b = rows
+        return [choose(a, b, 0, 2), choose(a, b, 1, 3)]
+    halves = [[choose(rows[r], rows[r + 1], h, h + 1, h + 4, h + 5) for r in (0, 2)] for h in (0, 2)]
+    return [choose(*halves[q // 2], q % 2, 2 + q % 2, 4 + q % 2, 6 + q % 2) for q in range(4)]

@@ -1,27 +1,29 @@
-"""Few rows of activations times a weight in the public order, whose rows are read one after the other.
+"""Few rows of activations times a weight in the public order, a set of its rows after the other.
 
-    partial[m, s, n, i] = sum over the words of segment s that lie in lane i: code[n, k] * x[m, k]
-    total[m, n] += (sum of partial over a group's lanes - zero[n] * sum of x) * scale[n]
+    partial[m, s, set, i] = sum over the words of segment s that lie in lane i: code[n, k] * x[m, k]
+    total[m, n] += (sum of partial over a row's and a group's lanes - zero[n] * sum of x) * scale[n]
 
-Memory is read in its own order, which hardware fetches ahead, and no word is moved between registers; what panels give
-by their order, sums of 16 rows in one register, comes from transposing sums. Sums are integers, exact in any order, so
-the results are those of the other micro-kernels, bit for bit.
+Memory is read in its own order, which hardware fetches ahead. What panels give by their order, sums of 16 rows in one
+register, comes from transposing sums. Sums are integers, exact in any order, so the results are those of the other
+micro-kernels, bit for bit.
 
-lane       one of the `lanes` words that a register holds, consecutive words of a row
-segment    the registers of a group, or one register where it holds several groups
+set        one row, whose words lie in registers as in memory; with AVX-512 one of each quarter of the block: quarters
+           of their registers change places, two moves a register, so that a register holds `words` consecutive words,
+           four, of each row, and fewer sums are left to transpose. (On an EPYC with AVX2 more rows took longer.)
+segment    the registers of a group, or one register where it holds several groups of a row
+part       rows whose sums are transposed together: a block, or with AVX2 the lanes of a register
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .micro import MicroKernels
+from .micro import MicroKernels, quarters_transposed
 from .spec import PANEL, Arg
 from .vectors import I32, Emitter, vector
 
 __all__ = ["RowKernels"]
 
-AHEAD = 16384  # bytes that are fetched, into the second cache, before they are read
 LINE = 64  # bytes of a cache line
 
 
@@ -31,14 +33,19 @@ class RowKernels:
     def __init__(self, micro: MicroKernels) -> None:
         self._micro, self._k = micro, micro.k
         self._lanes, self._bytes = micro.k.isa.lanes, micro.bytes
-        self._size = max(1, micro.k.row_words // self._lanes)  # registers of a segment
+        self._set, self._words = micro.k.isa.set_rows, micro.k.set_words
+        self._sets = micro.k.part_rows // self._set  # of a part
+        self._size = max(1, micro.k.row_words // self._words)  # registers of a segment
+        self._at_once = max(1, self._set // self._size)  # segments that are loaded together
+        self._near = self._set > 1  # each row of a set is fetched into the first cache: else as below
+        self._ahead = 4096 if self._near else 16384  # bytes that are fetched before they are read
 
     def _registers(self, e: Emitter, a: Any) -> Any:
         """Of a row."""
         return e.builder.sdiv(e.field(a, Arg.WORDS), e.number(self._lanes))
 
     def _segments(self, e: Emitter, a: Any) -> Any:
-        return e.builder.sdiv(self._registers(e, a), e.number(self._size))
+        return e.builder.sdiv(e.field(a, Arg.WORDS), e.number(self._size * self._words))
 
     def arrange(self, e: Emitter, a: Any, row: Any, rows: Any, out: Any) -> None:
         """Packed rows of activations -> [rows, registers, operands, lanes]."""
@@ -52,7 +59,7 @@ class RowKernels:
                 e.store(one, out, e.add(e.mul(e.add(e.mul(m, count), i), step), o * self._bytes))
 
     def multiply(self, e: Emitter, a: Any, rows: Any, codes: Any, ahead: Any, first: Any, x: Any, partial: Any) -> None:
-        """partial [rows, segments, lanes, lanes] of `lanes` rows of a block of the weight, from row `first` of it on.
+        """partial [rows, segments, sets, lanes] of a part of a block of the weight, from row `first` of it on.
 
         codes: of the block; ahead: of the one that comes next; x: as `arrange` leaves it.
         """
@@ -61,69 +68,81 @@ class RowKernels:
                 self._multiply_rows(e, a, m, (codes, ahead, first), x, partial)
 
     def _multiply_rows(self, e: Emitter, a: Any, rows: int, weight: tuple[Any, Any, Any], x: Any, partial: Any) -> None:
-        b, lanes = e.builder, self._lanes
+        b, segments = e.builder, self._segments(e, a)
         codes, ahead, first = weight
-        step, block, segments = e.field(a, Arg.CODES_STEP), e.number(self._k.panels * PANEL), self._segments(e, a)
-        distance = e.add(b.sdiv(e.number(AHEAD), e.mul(e.field(a, Arg.WORDS), 4)), 1)
+        step, stream = e.field(a, Arg.CODES_STEP), self._k.panels * PANEL // self._set  # rows between those of a set
+        distance = e.add(b.sdiv(e.number(self._ahead), e.mul(e.field(a, Arg.WORDS), 4)), 1)
         row_step = e.mul(e.field(a, Arg.WORDS), 4 * self._k.operands)
         x_rows = [e.add(x, e.mul(row_step, m)) for m in range(rows)]
-        with e.loop(e.number(lanes)) as r:
-            n = e.add(first, r)
-            w, later = e.add(codes, e.mul(step, n)), e.add(n, distance)
-            inside = b.icmp_signed("<", later, block)
-            fetched = e.add(b.select(inside, codes, b.sub(ahead, e.mul(step, block))), e.mul(step, later))
-            with e.loop(segments) as s:
-                sums = self._multiply_segment(e, (w, fetched), s, x_rows)
-                for m, total in enumerate(sums):
-                    place = e.mul(e.add(e.mul(e.add(e.mul(segments, m), s), lanes), r), self._bytes)
-                    e.store(total, partial, place)
+        with e.loop(e.number(self._sets)) as i:
+            n = e.add(first, i)
+            later = e.add(n, distance)
+            base = b.select(e.compare(later, "<", stream), codes, e.sub(ahead, e.mul(step, stream)))
+            w, fetched = e.add(codes, e.mul(step, n)), e.add(base, e.mul(step, later))
+            with e.loop(b.sdiv(segments, e.number(self._at_once))) as s:
+                sums = self._multiply_segments(e, e.mul(step, stream), (w, fetched), s, x_rows)
+                for (m, j), total in sums.items():
+                    segment = e.add(e.mul(segments, m), e.mul(s, self._at_once), j)
+                    e.store(total, partial, e.mul(e.add(e.mul(segment, self._sets), i), self._bytes))
 
-    def _multiply_segment(self, e: Emitter, weight: tuple[Any, Any], s: Any, x_rows: list[Any]) -> list[Any]:
-        """The sums of one segment of a row of the weight, for each row of activations; the same of another row of the
+    def _multiply_segments(
+        self, e: Emitter, step: Any, weight: tuple[Any, Any], s: Any, x_rows: list[Any]
+    ) -> dict[tuple[int, int], Any]:
+        """The sums of some segments of a set, for each row of activations and segment; the same of other rows of the
         weight is fetched."""
         w, fetched = weight
-        micro, ways = self._micro, self._micro.most_ways(len(x_rows))
-        sums = [[e.zero(micro.words)] * ways for _ in x_rows]
-        for i in range(self._size):
-            place = e.add(e.mul(s, self._size * self._bytes), i * self._bytes)
-            if i * self._bytes % LINE == 0:
-                e.prefetch(fetched, place, near=False)
-            found = micro.operand_vectors(e, e.load(w, micro.words, place), ways=ways)
-            for o, operand in enumerate(found):
-                x_place = e.add(e.mul(place, self._k.operands), o * self._bytes)
-                for x, of_row in zip(x_rows, sums, strict=True):
-                    value = e.load(x, micro.words, x_place)
-                    of_row[o % ways] = micro.dot(e, of_row[o % ways], operand, value)
-        return [micro.together(e, of_row) for of_row in sums]
+        micro, ones = self._micro, [(m, j) for m in range(len(x_rows)) for j in range(self._at_once)]
+        ways = micro.most_ways(len(ones))
+        sums = {one: [e.zero(micro.words)] * ways for one in ones}
+        lines = self._size * self._at_once // self._set
+        for i in range(lines):
+            place = e.mul(e.add(e.mul(s, lines), i), self._bytes)
+            places = [e.add(e.mul(step, r), place) for r in range(self._set)]
+            for one in places if i * self._bytes % LINE == 0 else []:
+                e.prefetch(fetched, one, near=self._near)
+            registers = quarters_transposed(e, [e.load(w, micro.words, one) for one in places])
+            for r, words in enumerate(registers):
+                j = (i * self._set + r) // self._size
+                for o, operand in enumerate(micro.operand_vectors(e, words, ways=ways)):
+                    x_place = e.add(e.mul(place, self._k.operands), o * self._bytes + r * 4 * self._words)
+                    for m, x in enumerate(x_rows):
+                        value = e.load(x, vector(I32, self._words), x_place)
+                        value = e.shuffle(value, value, [*range(self._words)] * self._set)
+                        sums[m, j][o % ways] = micro.dot(e, sums[m, j][o % ways], operand, value)
+        return {one: micro.together(e, of_one) for one, of_one in sums.items()}
 
     def add(self, e: Emitter, a: Any, rows: Any, partial: Any, row: Any, scales: Any, first: Any) -> None:
-        """Total what `multiply` left of `lanes` rows of the weight; add it, scaled, to the totals behind the scales.
+        """Total what `multiply` left of a part; add it, scaled, to the totals behind the scales.
 
         row: the first of the activations; first: of the weight's, as for `multiply`.
         """
-        k, lanes, micro = self._k, self._lanes, self._micro
-        segments = self._segments(e, a)
+        k, micro = self._k, self._micro
+        segments, registers = self._segments(e, a), range(k.part_rows // self._lanes)
         line, at = k.parts * k.panels * 64, e.mul(first, 4)
         totals = e.add(scales, e.mul(e.field(a, Arg.GROUPS), line), at)
         with e.loop(rows) as m:
             place = e.mul(m, k.panels * 64)
-            total = e.variable(micro.floats, e.load(totals, micro.floats, place))
+            total = [e.variable(micro.floats, e.load(totals, micro.floats, e.add(place, j * self._bytes)))
+                     for j in registers]  # fmt: skip
             sums_of = e.add(e.field(a, Arg.SUMS), e.mul(e.add(row, m), e.field(a, Arg.SUMS_STEP)))
             with e.loop(segments) as s:
-                of = e.add(partial, e.mul(e.add(e.mul(segments, m), s), lanes * self._bytes))
-                rows_of = [e.load(of, micro.words, r * self._bytes) for r in range(lanes)]
-                found = summed(e, rows_of, min(k.row_words, lanes))
-                for i, value in enumerate(found):
-                    g = e.add(e.mul(s, len(found)), i)
-                    scales_of = e.add(scales, e.mul(g, line), at)
-                    micro.add_group(e, total, value, scales_of, e.add(sums_of, e.mul(g, 8)), 0)
-            e.store(total.get(), totals, place)
+                of = e.add(partial, e.mul(e.add(e.mul(segments, m), s), self._sets * self._bytes))
+                sets = [e.load(of, micro.words, i * self._bytes) for i in range(self._sets)]
+                found = [summed(e, sets[j * self._words :][: self._words], min(k.row_words, self._words))
+                         for j in registers]  # fmt: skip
+                for i, of_group in enumerate(zip(*found, strict=True)):
+                    g = e.add(e.mul(s, len(found[0])), i)
+                    scales_of, x_sums = e.add(scales, e.mul(g, line), at), e.add(sums_of, e.mul(g, 8))
+                    for j, value in enumerate(quarters_transposed(e, list(of_group))):
+                        micro.add_group(e, total[j], value, scales_of, x_sums, j * self._bytes)
+            for j in registers:
+                e.store(total[j].get(), totals, e.add(place, j * self._bytes))
 
 
 def summed(e: Emitter, rows: list[Any], lanes: int) -> list[Any]:
-    """Sums of each `lanes` lanes, 4 or more, of as many registers of 32-bit integers as a register has lanes: for the
-    first lanes of all registers, for those that follow, ..., a register each."""
-    count = len(rows)
+    """Sums of each `lanes` lanes, 4 or more, of registers of 32-bit integers, as many as a register has such lanes, or
+    4: for the first lanes of all registers, for those that follow, ..., a register each."""
+    count = rows[0].type.count
 
     def halves(a: Any, b: Any, unit: int, size: int) -> tuple[Any, Any]:
         """The even and the odd units of both, inside each `size` lanes of a result."""

@@ -71,6 +71,11 @@ class Isa:
         """Rows up to which unpacking once more costs less than storing what has been unpacked."""
         return min(4, self.rows)
 
+    @property
+    def set_rows(self) -> int:
+        """Rows of a set (rows.py)."""
+        return 4 if self.lanes == 16 else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -178,8 +183,18 @@ class Kind:
         """Of a row of activations as `RowKernels.arrange` leaves it, and of its partial sums."""
         if not self.row_words:
             return 0, 0
-        lanes = self.isa.lanes
-        return words * self.operands * 4, groups * min(self.row_words, lanes) * lanes * 4
+        segments = groups * min(self.row_words, self.set_words) // self.set_words
+        return words * self.operands * 4, segments * self.part_rows // self.isa.set_rows * self.isa.lanes * 4
+
+    @property
+    def set_words(self) -> int:
+        """Words of each row of a set in a register (rows.py)."""
+        return self.isa.lanes // self.isa.set_rows
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a part (rows.py)."""
+        return self.panels * PANEL if self.isa.set_rows > 1 else self.isa.lanes
 
     @property
     def sums(self) -> bool:
