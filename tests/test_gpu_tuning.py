@@ -1,8 +1,10 @@
-"""Tile sizes on a GPU: what tables may change leaves every bit as it is, and a search ends in a table that is used."""
+"""Profiles on a GPU: tile sizes leave every bit as it is, a crossover changes which kernel runs and nothing of what an
+explicit threshold returns, and a search ends in a table that is used."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 
 from rich.console import Console
 
-from qexperts import prepare, tuning
-from qexperts.backends import triton_backend
+import qexperts.ops
+from qexperts import Problem, TokenPlan, grouped_gemm, prepare, tuning
+from qexperts.backends import BACKENDS, triton_backend
 from qexperts.bench import tune
 from qexperts.bench.binding import Refused
 from qexperts.bench.candidates import Candidate
@@ -63,6 +66,39 @@ def test_free_sizes_leave_every_bit_as_it_is(fmt: str, phase: str, layout: str, 
         assert torch.equal(y, expected), c
         same += 1
     assert same >= 3
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_crossover_chooses_the_kernel_of_calls_that_do_not(
+    backend: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QEXPERTS_CACHE_DIR", str(tmp_path))
+    w = Workload(
+        "prefill", Distribution("test", (5, 0, 9, 2), "made up"), 256, 1024, 128, FORMATS["int4_sym"], "bf16", 0
+    )
+    t = make_inputs(w, device)
+    weight = prepare(t.weight, "triton", keep_source=True)
+    if reason := BACKENDS[backend].supports(Problem.of("test", t.x, weight))[0]:
+        pytest.skip(f"{backend}: {reason}")
+    plan, path, key = TokenPlan.from_counts(t.counts, 16), tuning.own_path(device), tuning.key_of(device)
+    assert path is not None and key is not None
+
+    def run(**how: Any) -> torch.Tensor:
+        return grouped_gemm(t.x, weight, plan, backend=backend, **how)
+
+    rules = {n: run(decode_threshold=n) for n in (0, 4, 8, 64)}
+    by_phase = {phase: run(phase=phase) for phase in ("prefill", "decode")}
+    expected = {0: by_phase["prefill"], 64: by_phase["decode"], 4: rules[4], 8: rules[8]}
+    for n, y in expected.items():
+        case = config.case_of(backend, "auto", operand(weight), t.x.dtype, 4, 16)
+        tuning.write(path, key, [tuning.Entry(case, {"decode_threshold": n} if n != 4 else {})])
+        tuning.forget()
+        monkeypatch.setattr(triton_backend, "_BOUND", {})
+        monkeypatch.setattr(qexperts.ops, "_BOUND", {})
+        assert torch.equal(run(), y)
+        assert all(torch.equal(run(decode_threshold=m), given) for m, given in rules.items())
+        assert all(torch.equal(run(phase=phase), given) for phase, given in by_phase.items())
+    tuning.forget()
 
 
 def test_a_search_ends_in_a_table_that_is_used(

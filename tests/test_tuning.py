@@ -451,14 +451,14 @@ def smoke(tmp_path: Path, *arguments: str, interpret: str = "0") -> list[str]:
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_search_on_interpreted_kernels(phase: str, tmp_path: Path) -> None:
+def test_a_search_on_interpreted_kernels(phase: str, tmp_path: Path, interpreter: None) -> None:
     """From options to a table: the gate, the rounds and the file are those of a GPU; the times mean nothing."""
     lines = smoke(tmp_path, phase, "triton", "1", interpret="1")
     assert any("too few rounds" in line or "the rules are the fastest" in line for line in lines)
     assert lines[-1].startswith(f"triton {phase} int4_sym N=64 K=64, 2 experts") and lines[-1].endswith("{} True True")
 
 
-def test_a_search_for_the_crossover_on_interpreted_kernels(tmp_path: Path) -> None:
+def test_a_search_for_the_crossover_on_interpreted_kernels(tmp_path: Path, interpreter: None) -> None:
     lines = smoke(tmp_path, "auto", "triton", "5", interpret="1")
     assert [line.split(", up")[0] for line in lines[-2:]] == ["triton auto int4_sym N=64 K=64, 2 experts"] * 2
 
