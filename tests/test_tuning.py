@@ -409,13 +409,35 @@ def test_what_there_is_to_choose(
     monkeypatch.setattr(tune, "select", lambda problem, backend: BACKENDS[chosen])
     workload = a_workload(kind, (3, 2))
     t = inputs_of(workload, torch.device("cpu"))
-    found = tune.subjects(workload, t, t.weight, tuning.PHASES)
+    found = tune.subjects(workload, t, t.weight, tuning.PHASES, tune.TuneOptions())
     assert [(s.case.backend, s.case.phase) for s in found] == [(backend, phase) for backend, phase, _ in expected]
     for subject, (_, _, what) in zip(found, expected, strict=True):
         if isinstance(what, str):
             assert what in str(subject.reason) and subject.candidate is None
         else:
             assert type(subject.rules) is what and subject.reason is None
+            assert (subject.elsewhere is not None) == (what is Crossover)
+
+
+def test_a_crossover_is_judged_where_rows_are_spread_otherwise() -> None:
+    decode = dataclasses.replace(a_workload("decode", (2, 2, 2, 2)), batch=4, top_k=2)
+    d = tune._spread_otherwise(decode, None).distribution
+    assert d.name == "autoround-256" and d.total_tokens == 8 and d.num_experts == 4 and 2 < d.max_tokens <= 4
+    assert tune._spread_otherwise(decode, "hot:0.5").distribution.max_tokens == 4
+    assert tune._spread_otherwise(a_workload("prefill", (7, 0, 1)), "zipf").distribution.counts == (3, 3, 2)
+
+
+@pytest.mark.parametrize(("there", "kept"), [(0.9, True), (1.0, True), (1.1, False), ("3 rows fail", False)], ids=str)
+def test_a_crossover_that_is_slower_elsewhere_is_not_kept(there: float | str, kept: bool) -> None:
+    best = Crossover(8)
+    machine = Machine(lambda c: 0.8 if c == best else 1.0)
+    found = tune.search(Crossover(), neighbours, machine, lambda a, b: True)
+    assert found.config == {"decode_threshold": 8}
+    records = Machine(lambda c: there if c == best else 1.0)([Crossover(), best])
+    judged = tune._unless_slower(found, records, a_workload("prefill", (3, 2)))
+    assert judged.config == (found.config if kept else {})
+    assert kept or "slower with rows as in test" in str(judged.reason)
+    assert bool(judged.wrong) == isinstance(there, str)
 
 
 SMOKE = """

@@ -7,7 +7,8 @@
 
 All of a step are checked and timed in the same interleaved rounds, the rules among them. What is kept is faster than
 the rules by `MARGIN` at the lower end of the 90% interval of the ratios round by round. Tile sizes and strategies have
-the same bits besides; a threshold chooses between two kernels, and the result is that of the one that runs.
+the same bits besides; a threshold chooses between two kernels, and the result is that of the one that runs. It is
+looked up by the number of rows alone, so it must not be slower either where as many are spread otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .. import tuning
 from ..backends import BACKENDS, Problem, select, torch_backend, triton_backend
 from ..formats import QuantWeight
 from ..ops import prepare as prepare_weight
+from ..routing import parse_distribution, recorded
 from ..strategies import Strategy
 from ..testing import Inputs
 from .candidates import Candidate
@@ -101,6 +103,7 @@ class Subject:
         tried: from a choice, those to try next.
         candidate: a choice as a row to measure.
         same_bits: whether what is kept must have the bits of the rules.
+        elsewhere: where what is kept must not be slower; None: nowhere.
     """
 
     case: tuning.Case
@@ -108,6 +111,7 @@ class Subject:
     tried: Callable[[Any], list[Any]] = lambda choice: []
     candidate: Callable[[Any], Candidate] | None = None
     same_bits: bool = True
+    elsewhere: Workload | None = None
     reason: str | None = None
 
 
@@ -230,17 +234,25 @@ def _check_cases(jobs: Sequence[Job], auto: bool) -> None:
 
 
 def subjects(
-    workload: Workload, tensors: Inputs, weight: QuantWeight, phases: Sequence[str], backend: str = "auto"
+    workload: Workload, tensors: Inputs, weight: QuantWeight, phases: Sequence[str], options: TuneOptions
 ) -> list[Subject]:
     """What can be chosen for calls like this workload, its own phase and "auto", by the backend that runs them."""
     found: dict[tuning.Case, Subject] = {}
     for phase in (workload.kind, "auto"):
         if phase in phases:
             problem = Problem.of("tune", tensors.x, weight, phase=phase)
-            name = select(problem, backend).name
+            name = select(problem, options.backend).name
             one = (_on_gpu if name in GPU_BACKENDS else _on_host)(name, problem, workload, tensors, weight)
-            found[one.case] = one
+            elsewhere = None if one.same_bits else _spread_otherwise(workload, options.distribution)
+            found[one.case] = dataclasses.replace(one, elsewhere=elsewhere)
     return list(found.values())
+
+
+def _spread_otherwise(w: Workload, distribution: str | None) -> Workload:
+    """As many rows, in a prefill evenly, in a decode as in the prefills."""
+    d, text = w.distribution, "even" if w.kind == "prefill" else distribution or recorded().name
+    sizes = {"num_experts": d.num_experts, "total_tokens": d.total_tokens, "seed": w.seed, "max_per_expert": w.batch}
+    return dataclasses.replace(w, distribution=parse_distribution(text, **sizes))
 
 
 def _on_gpu(name: str, problem: Problem, workload: Workload, t: Inputs, weight: QuantWeight) -> Subject:
@@ -301,7 +313,7 @@ def tune(job: TuneJob, tick: Callable[[str], None] = lambda text: None) -> Itera
                     weight = tensors.weight
                     if layout == "prepared":
                         weight = prepare_weight(weight, job.options.backend, keep_source=True)
-                    for subject in subjects(workload, tensors, weight, job.phases, job.options.backend):
+                    for subject in subjects(workload, tensors, weight, job.phases, job.options):
                         if subject.case not in done:  # what has no layout of its own stays public
                             done.add(subject.case)
                             yield subject.case, _tune_one(subject, workload, tensors, job, how, tick)
@@ -320,18 +332,32 @@ def _tune_one(
         return Found(None, None, reason=subject.reason)
     binder = Binder(workload, tensors)
 
-    def measure(choices: list[Any]) -> list[Record]:
-        tick(f"{subject.case} {subject.case.layout}: {len(choices)} choices")
-        return list(measure_workload(workload, [candidate(c) for c in choices], *how))
+    def measure(choices: list[Any], where: Workload = workload) -> list[Record]:
+        tick(f"{subject.case} {subject.case.layout}, {where.distribution.name}: {len(choices)} choices")
+        return list(measure_workload(where, [candidate(c) for c in choices], *how))
 
     def same_bits(a: Any, b: Any) -> bool:
         first, second = (binder.bind(candidate(c), torch_empty(job.device)).run().clone() for c in (a, b))
         return torch.equal(first, second)
 
     found = search(subject.rules, subject.tried, measure, same_bits if subject.same_bits else lambda a, b: True)
+    if found.config and subject.elsewhere is not None:
+        found = _unless_slower(found, measure([found.rules, found.best], subject.elsewhere), subject.elsewhere)
     if found.after is not None:
         _keep(subject.case, found, job)
     return found
+
+
+def _unless_slower(found: Found, records: Sequence[Record], elsewhere: Workload) -> Found:
+    """What was found, but not kept if there it may take longer than the rules by more than `MARGIN`."""
+    wrong = [
+        f"{c!r}: {r.reason}" for c, r in zip((found.rules, found.best), records, strict=True) if r.status == "WRONG"
+    ]
+    least, where = least_ratio(*records), elsewhere.distribution.name
+    if least is not None and least * MARGIN >= 1:
+        return found
+    reason = f"slower with rows as in {where}" + (f", {ratio_text(least)}" if least else "")
+    return dataclasses.replace(found, reason=reason, wrong=[*found.wrong, *wrong])
 
 
 def _keep(case: tuning.Case, found: Found, job: TuneJob) -> None:
