@@ -235,6 +235,7 @@ def test_the_two_backends_bind_calls_of_their_own(sm_90: None, monkeypatch: pyte
     assert a and b and a(problem, weight) is a(problem, weight) is not b(problem, weight)
     launched: list[Any] = []
     other = triton_backend.PrefillKernel(
+        "other",
         lambda *given: launched.append(given[0].shape) or (lambda *tensors: None),  # type: ignore[func-returns-value]
         split=False,
     )

@@ -87,11 +87,12 @@ def test_auto_on_both_sides_of_the_threshold(
     assert torch.equal(got, KERNELS[phase](**call))
 
 
-def test_the_threshold_defaults_to_four_rows_an_expert(phases: list[str]) -> None:
+@pytest.mark.parametrize("given", [{}, {"decode_threshold": None}], ids=str)
+def test_the_threshold_defaults_to_four_rows_an_expert(given: dict[str, Any], phases: list[str]) -> None:
     for rows, phase in (((4, 4), "decode"), ((5, 0), "prefill")):
         phases.clear()
         qexperts.ops._BOUND.clear()
-        moe(**arguments(make_inputs(Case(rows, N=16, K=64, format="int8_asym", group_size=64))))
+        moe(**arguments(make_inputs(Case(rows, N=16, K=64, format="int8_asym", group_size=64))), **given)
         assert phases == [phase], rows
 
 
@@ -288,7 +289,7 @@ def test_bad_phase(phase: object) -> None:
     refused(moe, good("int4_sym") | dict(phase=phase), re.escape(repr(phase)), "auto.*decode.*prefill")
 
 
-@pytest.mark.parametrize("threshold", [-1, -100, 1.5, None, "4"], ids=repr)
+@pytest.mark.parametrize("threshold", [-1, -100, 1.5, True, "4"], ids=repr)
 def test_bad_threshold(threshold: object) -> None:
     for phase in ("auto", "decode", "prefill"):
         call = good("int4_sym") | dict(decode_threshold=threshold, phase=phase)

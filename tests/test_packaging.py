@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Data flows downward: a module may import from its own entry and from those before it, never from one after it.
 LAYERS = (
     "errors",
+    "files",
     "formats",
     "pages",
     "layouts",

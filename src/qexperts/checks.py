@@ -147,12 +147,16 @@ def check_out(where: str, out: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"{where}: out= has no gradient; drop it, or call under torch.no_grad().")
 
 
-def check_phase(where: str, phase: str, decode_threshold: int) -> None:
+def check_phase(where: str, phase: str, decode_threshold: int | None) -> None:
     """The phase of a call, and the rows per expert up to which "auto" takes it for a decode."""
     if phase not in ("auto", "decode", "prefill"):
         raise ValueError(f"{where}: phase is {phase!r}; expected 'auto', 'decode' or 'prefill'.")
+    if decode_threshold is None:
+        return
     if not isinstance(decode_threshold, int) or isinstance(decode_threshold, bool) or decode_threshold < 0:
-        raise ValueError(f"{where}: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0.")
+        raise ValueError(
+            f"{where}: decode_threshold is {decode_threshold!r}; expected rows per expert, an int >= 0, or None."
+        )
 
 
 def check_activation_format(where: str, activation_format: str | None, *, traced: bool) -> None:

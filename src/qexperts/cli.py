@@ -17,6 +17,7 @@ from ._version import __version__
 from .bench import compare as comparing
 from .bench import doctor as doctoring
 from .bench import records, report, trace_report
+from .bench import tune as tuning_command
 from .bench.run import BenchOptions, prepare
 from .bench.session import bench_session, plot_records, print_records
 
@@ -280,6 +281,36 @@ def _needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"this command needs {error.name}; pip install 'qexperts[{extra}]'") from None
+
+
+@cli.command()
+@click.option("--phases", default="prefill,decode,auto", show_default=True,
+              help="Comma list; auto: calls that leave the phase to the counts.")  # fmt: skip
+@_formats("int4_sym")
+@click.option("--n", type=int, help="Outputs of the projection. Default: both recorded projections.")
+@click.option("--k", type=int, help="Contraction of the projection.")
+@_GROUP_SIZE
+@_EXPERTS
+@_DISTRIBUTION
+@click.option("--tokens", help="Prefill: comma list of rows over all experts; the distribution is resampled to each.")
+@click.option("--batch-sizes", default="1,8,32", show_default=True, help="Decode: comma list of tokens per step.")
+@click.option("--top-k", type=int, default=8, show_default=True, help="Decode: experts per token.")
+@click.option("--backend", default="auto", show_default=True, help="That is tuned: auto, or a name.")
+@_WEIGHT_LAYOUT
+@_device
+@click.option("--rounds", type=int, help="Samples of each choice.  [default: 20, on a CPU 5]")
+@click.option("--save", metavar="FILE.json", help="Keep what is found there instead; QEXPERTS_PROFILE=FILE.json makes "
+              "processes read it.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+def tune(**options: Any) -> None:
+    """Find what is faster on this machine than the rules, say by how much, and keep it for later processes.
+
+    On GPUs tile sizes of backend triton, and the rows per expert up to which a call that does not say so is a decode;
+    on CPUs the strategy of backend torch. Kept is what is faster for certain, in a table in QEXPERTS_CACHE_DIR; which
+    calls it serves depends on backend, format, N, K, the number of experts and the rows, up to the next power of two.
+    Exit code 1 if a result was WRONG.
+    """
+    sys.exit(tuning_command.tune_session(tuning_command.TuneOptions(**options), Console()))
 
 
 @cli.command()

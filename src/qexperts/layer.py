@@ -81,7 +81,7 @@ class _Experts:
     backend: str
     activation_format: str | None
     phase: str = "auto"
-    decode_threshold: int = 4
+    decode_threshold: int | None = None
 
 
 def _run(
@@ -207,7 +207,7 @@ class QuantExperts(nn.Module):
         top_k_weights: torch.Tensor,
         *,
         phase: str = "auto",
-        decode_threshold: int = 4,
+        decode_threshold: int | None = None,
     ) -> torch.Tensor:
         """hidden_states [T, H] or [B, T, H]; top_k_index, top_k_weights [tokens, top_k]; result as hidden_states.
 

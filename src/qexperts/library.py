@@ -85,7 +85,7 @@ def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor)
 
 
 _define(
-    f"grouped_gemm(Tensor x, Tensor counts, {_WEIGHT}, str backend, str phase, int decode_threshold) -> Tensor",
+    f"grouped_gemm(Tensor x, Tensor counts, {_WEIGHT}, str backend, str phase, int? decode_threshold) -> Tensor",
     _grouped_gemm,
     _grouped_gemm_fake,
     _grouped_gemm_setup,
@@ -140,7 +140,7 @@ def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 _define(
     "moe(Tensor activations, Tensor weights, Tensor num_tokens_per_expert, Tensor? scales, Tensor? zeros, "
-    "int weight_bits, int group_size, bool asym, str where, str? scale_scheme, str phase, int decode_threshold) "
+    "int weight_bits, int group_size, bool asym, str where, str? scale_scheme, str phase, int? decode_threshold) "
     "-> Tensor",
     _moe,
     _moe_fake,

@@ -25,6 +25,7 @@ from .checks import (
 from .formats import QuantWeight, weight_fields
 from .layouts import restore, to_layout
 from .plan import TokenPlan, check_tokens
+from .tuning import DECODE_THRESHOLD
 from .workspace import clear_workspaces
 
 __all__ = [
@@ -55,7 +56,7 @@ def grouped_gemm(
     out: torch.Tensor | None = None,
     backend: str = "auto",
     phase: str = "auto",
-    decode_threshold: int = 4,
+    decode_threshold: int | None = None,
     activation_format: str | None = None,
 ) -> torch.Tensor:
     """Multiply each row by the weight of its expert.
@@ -160,7 +161,7 @@ def moe_gemm_decode(
     Synchronisation, graphs and gradients as `grouped_gemm`.
     """
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
-    return _packed(call, ("moe_gemm_decode", None, "decode", 4), activation_format)
+    return _packed(call, ("moe_gemm_decode", None, "decode", None), activation_format)
 
 
 def moe_gemm_prefill(
@@ -187,7 +188,7 @@ def moe_gemm_prefill(
             row-major, scales fp32 [E]; group_size and weight_bits are ignored, zeros and asym refused.
     """
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
-    return _packed(call, ("moe_gemm_prefill", scale_scheme, "prefill", 4), activation_format)
+    return _packed(call, ("moe_gemm_prefill", scale_scheme, "prefill", None), activation_format)
 
 
 def moe(
@@ -201,7 +202,7 @@ def moe(
     group_size: int = 128,
     asym: bool = False,
     phase: str = "auto",
-    decode_threshold: int = 4,
+    decode_threshold: int | None = None,
     activation_format: str | None = None,
 ) -> torch.Tensor:
     """One entry point for prefill and decode; bit-identical to the kernel it dispatches to.
@@ -212,8 +213,9 @@ def moe(
         phase: "decode", "prefill", or "auto": decode when every expert has at most decode_threshold rows. Shapes
             decide first (total_tokens <= threshold is decode, total_tokens > threshold * E prefill). In between the
             counts decide: on the CPU they are read; on a GPU the kernels read them, or both phases give the same bits.
-        decode_threshold: rows per expert, at least 0. (ARK 0.16 compares total rows with 128; this is rows per
-            expert, as ARK's repository has it.)
+        decode_threshold: rows per expert, at least 0; by default 4, or what `qexperts tune` measured on this device
+            for such a call. (ARK 0.16 compares total rows with 128; this is rows per expert, as ARK's repository has
+            it.)
     """
     check_phase("moe", phase, decode_threshold)
     call = (activations, weights, num_tokens_per_expert, scales, zeros, weight_bits, group_size, asym)
@@ -268,7 +270,7 @@ def _check_public(where: str, weight: QuantWeight) -> None:
 
 
 # where, scale_scheme, phase, decode_threshold
-Manner = tuple[str, str | None, str, int]
+Manner = tuple[str, str | None, str, int | None]
 
 
 def _packed(call: PackedCall, manner: Manner, activation_format: str | None) -> torch.Tensor:
@@ -356,11 +358,12 @@ def _differentiable(
     )
 
 
-def _phase(plan: TokenPlan, phase: str, decode_threshold: int) -> str:
-    """On the CPU the counts decide here, elsewhere where they are."""
+def _phase(plan: TokenPlan, phase: str, decode_threshold: int | None) -> str:
+    """On the CPU the counts decide here, for kernels that have the same bits; elsewhere where they are."""
     if phase != "auto" or plan.device.type != "cpu":
         return phase
-    return "decode" if max(plan.host_counts()) <= decode_threshold else "prefill"
+    limit = DECODE_THRESHOLD if decode_threshold is None else decode_threshold
+    return "decode" if max(plan.host_counts()) <= limit else "prefill"
 
 
 def run_columns(
@@ -398,7 +401,7 @@ def run_now(
     plan: TokenPlan,
     backend: str = "auto",
     phase: str = "auto",
-    decode_threshold: int = 4,
+    decode_threshold: int | None = None,
     wide: bool = False,
     activation_format: str | None = None,
 ) -> torch.Tensor:

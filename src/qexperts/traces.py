@@ -18,8 +18,9 @@ import os
 import reprlib
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from .files import replace
 
 __all__ = ["Step", "Trace", "is_trace", "unevenness"]
 
@@ -116,13 +117,7 @@ class Trace:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Replace a file by this trace, at once: whoever reads it finds this one or the one before, never a part."""
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            part.write_text(self.to_json(), encoding="utf-8")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        replace(path, self.to_json().encode())
 
     @classmethod
     def of(cls, data: Any, where: str) -> Trace:

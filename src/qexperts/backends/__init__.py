@@ -30,6 +30,7 @@ class Problem:
         code_order: how codes lie in memory: "rows" (k contiguous), "columns" (n contiguous) or "strided".
         phase: "decode" or "prefill" if the caller chose one, else "auto": decode if every expert has at most
             decode_threshold rows.
+        decode_threshold: None: what a measured profile says, else `tuning.DECODE_THRESHOLD`.
         backward: the gradient with respect to the activations instead of the result.
         wide: the result is wanted in fp32, not rounded to the dtype of the activations if that can be helped.
         activation_format: "int8" if activations are to be quantized by row and group, else None.
@@ -50,7 +51,7 @@ class Problem:
     whole_words: bool = True
     code_order: str = "rows"
     phase: str = "auto"
-    decode_threshold: int = 4
+    decode_threshold: int | None = None
     backward: bool = False
     wide: bool = False
     activation_format: str | None = None
@@ -63,7 +64,7 @@ class Problem:
         weight: QuantWeight,
         *,
         phase: str = "auto",
-        decode_threshold: int = 4,
+        decode_threshold: int | None = None,
         wide: bool = False,
         backward: bool = False,
         activation_format: str | None = None,

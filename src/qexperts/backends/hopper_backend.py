@@ -55,7 +55,7 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if reason is not None:
         return reason, "", False
     how = "Gluon: one launch, which copies ahead of its multiplications" if problem.phase != "decode" else "as triton"
-    return None, how + ("" if preferred(problem) else "; auto takes triton"), False
+    return None, triton_backend.noted(how + ("" if preferred(problem) else "; auto takes triton"), problem), False
 
 
 def preferred(problem: Problem) -> bool:
@@ -106,6 +106,7 @@ def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
 
     parts = [] if phase == "decode" else [hopper_prefill.describe(weight.format.name)]
     parts += [] if phase == "prefill" else [triton_backend.describe(weight, x, "decode")]
+    parts += [repr(triton_backend.config_of(weight, x, "auto", PREFILL))] if phase == "auto" else []
     return ", ".join(parts)
 
 
@@ -136,7 +137,7 @@ class _Prefill:
         return hopper_prefill.bind(y, x, operand, tiles, self._experts, triton_backend.processors(y.device))
 
 
-PREFILL = triton_backend.PrefillKernel(_Prefill, split=False)
+PREFILL = triton_backend.PrefillKernel("hopper", _Prefill, split=False)
 
 # As of the backend "triton", but for the prefill.
 run = functools.partial(triton_backend.run, prefill=PREFILL)

@@ -1,18 +1,23 @@
 """Backend "torch": dequantize into scratch memory, then the best matmul torch has. The honest baseline on any device.
 
     S == 0                           nothing
-    CPU                              per_expert: dequantize an expert into the cache, multiply, next
+    CPU                              per_expert: dequantize an expert into the cache, multiply, next; or where a profile
+                                     says so, grouped: dequantize all experts, then one grouped mm
     S <= E, if dequantization or     gather the codes row by row, dequantize, one batched matmul
       copies would cost all experts
     sm_90, sm_100, bf16, E <= 1024   dequantize all experts, one grouped mm
     other GPUs, fp16                 per_expert, with one host sync: torch's grouped mm would loop on the host too
 
-The way depends on shapes and dtypes alone, never on decode or prefill, so the two are bit-identical.
+The way depends on shapes and dtypes alone, never on decode or prefill, so the two are bit-identical. A profile
+(`tuning.py`) chooses among strategies that multiply the same matrices, so it leaves every bit as it is: padded ones do
+not. On GPUs none but `grouped` does without the counts on the host.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +26,15 @@ from ..formats import QuantWeight, index_experts
 from ..plan import TokenPlan
 from ..quantize import dequantize_into, dequantize_steps
 from ..strategies import Step, StepKind, Strategy, Take
+from ..tuning import DTYPES, Case, Choice, bucket, tuned, used
 from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["DenseGemm", "DequantGemm", "compute_dtype", "grouped_mm", "no_grouped_mm", "run", "supports"]
+__all__ = [
+    "CpuWay", "DenseGemm", "DequantGemm", "case_of", "compute_dtype", "grouped_mm", "no_grouped_mm", "run", "supports",
+]  # fmt: skip
 
 MAX_GROUPED_EXPERTS = 1024  # torch's grouped mm on CUDA: "Can't process more than 1024 groups"
 _ALIGN = 8  # bf16 elements in the 16 bytes that its strides must be multiples of
@@ -209,9 +217,29 @@ def _grouped_steps(
     return [*steps, Step("gemm", lambda: grouped_mm(x, operand, ends))]
 
 
+@dataclasses.dataclass(frozen=True)
+class CpuWay(Choice):
+    """The `Strategy` that multiplies on a CPU."""
+
+    strategy: str = "per_expert"
+
+    FREE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"strategy": ("per_expert", "grouped")}
+
+
+def case_of(problem: Problem) -> Case:
+    """What tables are asked for; the same for every phase."""
+    p, dtype = problem, DTYPES[problem.dtype]
+    scale = dtype if p.scale_dtype is None else DTYPES[p.scale_dtype]
+    group = 0 if p.group_size in (None, p.K) else p.group_size
+    sizes = (group, p.N, p.K, p.E, bucket(p.S))
+    return Case("torch", "auto", p.format.name, dtype, scale, p.scale_layout, *sizes)
+
+
 def _way(problem: Problem) -> str:
     if problem.device.type == "cpu":
-        return "cpu"
+        rules = CpuWay()
+        padded = problem.K % _ALIGN  # a grouped mm would add up zeros, and round otherwise
+        return (rules if problem.backward or padded else tuned(rules, case_of(problem), problem.device)).strategy
     one_launch = no_grouped_mm(problem.device, problem.dtype, problem.E) is None
     stored_as_is = not problem.format.quantized and problem.K % _ALIGN == 0
     if problem.S <= problem.E and not (one_launch and stored_as_is):
@@ -232,10 +260,13 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         return f"does not quantize activations to {problem.activation_format}", "", False
     way = _way(problem)
     first = "dequantizes all experts, " if fmt.quantized else ""
-    if way == "cpu":
-        used = str(compute_dtype(problem.device, dtype)).removeprefix("torch.")
-        first = "dequantizes one expert at a time" if fmt.quantized else "one expert at a time"
-        return None, f"{first}, multiplies in {used}", False
+    if problem.device.type == "cpu":
+        computes = str(compute_dtype(problem.device, dtype)).removeprefix("torch.")
+        if way == "per_expert":
+            first = "dequantizes one expert at a time, " if fmt.quantized else "one expert at a time, "
+        found = used(problem.device)
+        how = "multiplies" if way == "per_expert" else "one grouped mm"
+        return None, f"{first}{how} in {computes}" + (f"; profile {found}" if found else ""), False
     if way == "rows":
         return None, "no more rows than experts: gathers the weights row by row, one batched matmul", False
     if way == "grouped":
@@ -259,8 +290,8 @@ def run(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan)
     if x.shape[0] == 0:
         columns = weight.K if problem.backward else weight.N
         return torch.empty(0, columns, dtype=torch.float32 if problem.wide else x.dtype, device=x.device)
-    if way in ("cpu", "per_expert"):
-        return _per_expert(problem, x, weight, plan)
+    if way == "per_expert" or x.device.type == "cpu":
+        return _on_host(problem, x, weight, plan, Strategy(way))
     y = (_rows if way == "rows" else _grouped)(problem, x, weight, plan)
     beyond = torch.arange(x.shape[0], device=x.device) >= plan.expert_offsets[-1]
     y = y.masked_fill_(beyond[:, None], 0)
@@ -290,7 +321,10 @@ def _gemm(weight: QuantWeight, dtype: torch.dtype, take: Take, transposed: bool)
     return DequantGemm(weight, dtype, take, transposed=transposed)
 
 
-def _per_expert(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan) -> torch.Tensor:
+def _on_host(
+    problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: TokenPlan, strategy: Strategy
+) -> torch.Tensor:
+    """In a strategy that reads the counts on the host."""
     if is_capturing(x.device):
         raise RuntimeError(
             f"torch backend: {weight.format.name} with {x.dtype} activations and more rows than experts reads the "
@@ -300,10 +334,10 @@ def _per_expert(problem: Problem, x: torch.Tensor, weight: QuantWeight, plan: To
     space = arena(x.device)
     dtype = torch.float32 if problem.wide else compute_dtype(x.device, x.dtype)
     gemm = _gemm(weight, dtype, space.take, problem.backward)
-    schedule = Strategy("per_expert").schedule(plan)
+    schedule = strategy.schedule(plan)
     columns = weight.K if problem.backward else weight.N
-    out = torch.empty(x.shape[0], columns, dtype=dtype, device=x.device)
-    schedule.bind(x.to(dtype), gemm, out, space.take)()
+    out = None if schedule.grouped else torch.empty(x.shape[0], columns, dtype=dtype, device=x.device)
+    y = schedule.bind(x.to(dtype), gemm, out, space.take)()
     end = schedule.singles[-1][2] if schedule.singles else 0
-    out[end:].zero_()
-    return out if problem.wide else out.to(x.dtype)
+    y[int(plan.expert_offsets[-1]) if schedule.grouped else end :].zero_()
+    return y if problem.wide else y.to(x.dtype)

@@ -3,17 +3,19 @@
     decode     one launch, two in the public layout (x is permuted first): counts are read by the kernel itself
     prefill    schedule, then one grouped GEMM; in the public layout x is permuted first, one launch more
 
-Between the shape rules, phase "auto" decides without the host. On NVIDIA the decode kernel has the bits of a prefill,
+Between the shape rules, phase "auto" decides without the host; up to how many rows of an expert a call is a decode says
+the caller, else a measured profile (`tuning.py`). On NVIDIA the decode kernel has the bits of a prefill,
 unless it computes parts of K side by side; then it reads the counts and does one or the other. Elsewhere both phases
 are launched, and each reads the counts and leaves at once if they are the other's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -21,14 +23,15 @@ from ..formats import QuantWeight
 from ..layouts import no_tiles
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Take
+from ..tuning import DECODE_THRESHOLD, Choice, tuned, used
 
 if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
-    "DEVICES", "LAYOUT", "PREFILL", "BoundCall", "PackedGemm", "PrefillKernel", "TileTables", "bind", "bind_prefill",
-    "decode_config_of", "describe", "interpreted", "no_device", "no_layout", "permuted", "prefill_config_of",
-    "processors", "run", "run_into", "supports",
+    "DEVICES", "LAYOUT", "PREFILL", "BoundCall", "Crossover", "PackedGemm", "PrefillKernel", "TileTables", "bind",
+    "bind_prefill", "config_of", "describe", "interpreted", "no_device", "no_layout", "noted", "nvidia", "permuted",
+    "processors", "rules_of", "run", "run_into", "supports",
 ]  # fmt: skip
 
 LAYOUT = "tiles"
@@ -49,7 +52,7 @@ def installed() -> bool:
 
 
 @functools.cache
-def _nvidia(device: torch.device) -> bool:
+def nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
@@ -71,7 +74,7 @@ def no_device(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"runs on GPUs; tensors are on {device}"
     if not installed():
         return "Triton is not installed: pip install 'qexperts[triton]'"
-    if _nvidia(device) and torch.cuda.is_available():
+    if nvidia(device) and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             need = "; use fp16 activations on sm_75" if dtype == torch.bfloat16 and (major, minor) == (7, 5) else ""
@@ -107,7 +110,13 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if reason is not None:
         return reason, "", False
     read = "packed weights" if fmt.quantized else "weights"
-    return None, f"one launch reads the {read}; nothing is read on the host", False
+    return None, noted(f"one launch reads the {read}; nothing is read on the host", problem), False
+
+
+def noted(how: str, problem: Problem) -> str:
+    """How a problem is run, and which profiles have a say in it."""
+    found = used(problem.device)
+    return f"{how}; profile {found}" if found else how
 
 
 def no_layout(weight: QuantWeight) -> str | None:
@@ -118,28 +127,44 @@ def no_layout(weight: QuantWeight) -> str | None:
 Call = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor], torch.Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Crossover(Choice):
+    """Which kernel takes a call that does not say so.
+
+    Attributes:
+        decode_threshold: rows per expert up to which it is a decode.
+    """
+
+    decode_threshold: int = DECODE_THRESHOLD
+
+    FREE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"decode_threshold": (0, 1, 2, 4, 8, 16, 32, 64)}
+
+
 class PrefillKernel(NamedTuple):
     """A grouped GEMM for prefills; all have the same bits.
 
     Attributes:
+        backend: whose it is.
         bind: see `bind_prefill`.
         split: whether its tile schedules split what remains of an expert, see `schedule.py`.
     """
 
+    backend: str
     bind: Callable[[torch.Tensor, torch.Tensor, Any, int], Callable[..., None]]
     split: bool
 
 
-def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> Callable[..., None]:
+def bind_prefill(y: torch.Tensor, x: torch.Tensor, w: Any, experts: int, config: Any = None) -> Callable[..., None]:
     """The grouped GEMM of a prefill, for tensors that differ from these in values alone: of y, x, codes, scales, zeros
-    and a tile schedule. w: an `Operand`, of which no tensor is looked at."""
+    and a tile schedule. w: an `Operand`, of which no tensor is looked at. config: by default what rules and tables
+    say."""
     from ..kernels import prefill
 
-    c = _prefill_config(w, x.dtype, y.device)
+    c = _config("prefill", w, x, y.device, experts) if config is None else config
     return prefill.bind(y, x, w, experts, c, c.programs_per_sm * processors(y.device), _path(y.device))
 
 
-PREFILL = PrefillKernel(bind_prefill, split=True)
+PREFILL = PrefillKernel("triton", bind_prefill, split=True)
 
 
 def run(
@@ -192,7 +217,7 @@ class BoundCall:
         self._prefill = prefill
         self._n, self._wide = w.N, problem.wide
         self._w = w._replace(w=None, s=None, z=None)
-        self._phase, self._limit = problem.phase, min(problem.decode_threshold, 2**31 - 1)  # S is not larger
+        self._phase, self._limit = problem.phase, problem.decode_threshold
         self._device, self._index = device, device.index
         self._current = _current_index(device)
         self._plans: dict[tuple[object, ...], tuple[_Decode | _Prefill, ...]] = {}
@@ -240,6 +265,10 @@ class BoundCall:
         s, limit, phase = x.shape[0], self._limit, self._phase
         if not s:
             return ()
+        if limit is None:
+            auto = phase == "auto"
+            limit = _crossover(self._prefill, self._w, x, x.device, len(counts)).decode_threshold if auto else 0
+        limit = min(limit, 2**31 - 1)  # S is not larger
         if phase == "auto":
             phase = "decode" if s <= limit else "prefill" if s > limit * counts.shape[0] else "auto"
         arguments = (y, x, self._w, counts, limit)
@@ -247,8 +276,8 @@ class BoundCall:
             return (_Prefill(*arguments, 0, self._prefill),)
         if phase == "decode":
             return (_Decode(*arguments, 0),)
-        if _nvidia(x.device):  # the decode kernel has the bits of a prefill, unless it computes parts of K
-            return (_Decode(*arguments, 2 if _decode_config(self._w, x.device, s, counts.shape[0]).parts > 1 else 0),)
+        if nvidia(x.device):  # the decode kernel has the bits of a prefill, unless it computes parts of K
+            return (_Decode(*arguments, 2 if rules_of("decode", self._w, x, x.device, len(counts)).parts > 1 else 0),)
         return _Decode(*arguments, 1), _Prefill(*arguments, 2, self._prefill)
 
 
@@ -262,21 +291,33 @@ def _current_index(device: torch.device) -> Callable[[], int | None]:
 
 
 def _path(device: torch.device) -> str:
-    if _nvidia(device):
+    if nvidia(device):
         return "ptx"
     return "interpreter" if device.type == "cpu" else "portable"
 
 
-def _prefill_config(w: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    from ..kernels.config import prefill_config
+def rules_of(phase: str, w: Any, x: torch.Tensor, device: torch.device, experts: int) -> Any:
+    """The tile sizes of the rules. x: [S, K] on any device."""
+    from ..kernels.config import decode_config, prefill_config
 
-    return prefill_config(w, dtype, _nvidia(device))
+    if phase == "prefill":
+        return prefill_config(w, x.dtype, nvidia(device))
+    return decode_config(w, nvidia(device), min(x.shape[0], experts), processors(device))
 
 
-def _decode_config(w: Any, device: torch.device, rows: int, experts: int) -> Any:
-    from ..kernels.config import decode_config
+def _config(phase: str, w: Any, x: torch.Tensor, device: torch.device, experts: int) -> Any:
+    """The tile sizes of the rules, or what a table says instead."""
+    from ..kernels.config import case_of, valid
 
-    return decode_config(w, _nvidia(device), min(rows, experts), processors(device))
+    rules, case = rules_of(phase, w, x, device, experts), case_of("triton", phase, w, x.dtype, experts, x.shape[0])
+    return tuned(rules, case, device, functools.partial(valid, nvidia=nvidia(device)))
+
+
+def _crossover(kernel: PrefillKernel, w: Any, x: torch.Tensor, device: torch.device, experts: int) -> Crossover:
+    """Where decode and this prefill part, if a call does not say."""
+    from ..kernels.config import case_of
+
+    return tuned(Crossover(), case_of(kernel.backend, "auto", w, x.dtype, experts, x.shape[0]), device)
 
 
 # Scratch is allocated in each call: torch's allocator knows streams and the pools of graphs, and keeps what is freed.
@@ -295,7 +336,7 @@ class _Decode:
     ) -> None:
         from ..kernels import decode
 
-        c = _decode_config(w, x.device, x.shape[0], counts.shape[0])
+        c = _config("decode", w, x, x.device, len(counts))
         x, self._permute = _permutation(x, w)
         self._decode = decode.bind(y, x, w, counts, c, limit, condition, _path(y.device))
 
@@ -432,6 +473,7 @@ class PackedGemm:
         weight: of the backend's layout, or public: x is then what `permuted` makes of it.
         tables: of the schedule that is bound; None for `grouped`.
         phase: "prefill", or "decode": the kernel for few rows.
+        config: of a decode, by default what rules and tables say.
     """
 
     def __init__(
@@ -441,8 +483,9 @@ class PackedGemm:
         tables: TileTables | None,
         phase: str = "prefill",
         prefill: PrefillKernel = PREFILL,
+        config: Any = None,
     ) -> None:
-        self._weight, self._take, self._phase, self._prefill = weight, take, phase, prefill
+        self._weight, self._take, self._phase, self._prefill, self._config = weight, take, phase, prefill, config
         self._counts = [] if tables is None else tables.counts
         self._tables: tuple[torch.Tensor, ...] = ()
         self._next = 0
@@ -499,7 +542,7 @@ class PackedGemm:
         from ..kernels.operand import operand
 
         w = operand(weight)
-        c = _decode_config(w, weight.device, x.shape[0], counts.shape[0])
+        c = self._config or _config("decode", w, x, weight.device, len(counts))
         x, permute = _permute_step(x, w, self._take)
         launch = decode.bind(out, x, w, counts, c, 0, 0, _path(weight.device))
         steps = [] if permute is None else [permute]
@@ -507,25 +550,19 @@ class PackedGemm:
         return steps
 
 
-def prefill_config_of(weight: QuantWeight, dtype: torch.dtype) -> Any:
-    """The tile sizes of a prefill with this weight and activations of this dtype."""
+def config_of(weight: QuantWeight, x: torch.Tensor, phase: str, kernel: PrefillKernel = PREFILL) -> Any:
+    """The tile sizes of a prefill or a decode of x with this weight, or for "auto" where the two part."""
     from ..kernels.operand import operand
 
-    return _prefill_config(operand(weight), dtype, weight.device)
-
-
-def decode_config_of(weight: QuantWeight, rows: int) -> Any:
-    """The tile sizes of a decode of so many rows with this weight."""
-    from ..kernels.operand import operand
-
-    return _decode_config(operand(weight), weight.device, rows, weight.E)
+    if phase == "auto":
+        return _crossover(kernel, operand(weight), x, weight.device, weight.E)
+    return _config(phase, operand(weight), x, weight.device, weight.E)
 
 
 def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
-    """The tile sizes that are run with: those of one phase, or where the call chooses, of both."""
-    parts = [] if phase == "decode" else [prefill_config_of(weight, x.dtype)]
-    parts += [] if phase == "prefill" else [decode_config_of(weight, x.shape[0])]
-    return ", ".join(map(repr, parts))
+    """What is run with: the tile sizes of one phase, or where the call chooses, of both, and where they part."""
+    phases = {"auto": ("prefill", "decode", "auto"), None: ("prefill", "decode")}.get(phase, (phase or "",))
+    return ", ".join(repr(config_of(weight, x, name)) for name in phases)
 
 
 def permuted(weight: QuantWeight, x: torch.Tensor, take: Take) -> tuple[torch.Tensor, Step | None]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..strategies import Strategy
+from ..tuning import Choice
 from .workloads import Workload
 
 __all__ = ["HINTED", "LAYOUTS", "NAMED", "OWN", "PACKED", "PROVIDERS", "WAYS", "Candidate", "enumerate_candidates"]
@@ -38,6 +39,7 @@ class Candidate:
             None: as they are.
         threads: of a CPU; None: as many as torch has.
         tries: of a peer: configurations to try besides its default one.
+        config: the `Choice` of a backend on GPUs, in the place of what rules and tables say.
     """
 
     strategy: Strategy | None
@@ -51,6 +53,7 @@ class Candidate:
     activation_format: str | None = None
     threads: int | None = None
     tries: int = 0
+    config: Choice | None = None
 
 
 def _distinct(strategies: Sequence[Strategy], max_tokens: int) -> list[Strategy]:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from ..backends import BACKENDS, Problem, cpu_backend, triton_backend
 from ..formats import FORMATS, WeightFormat, check_group_size
+from ..tuning import device_name, profiles
 from . import cpu_peers, ggml, humming
-from .environment import device_name, environment, pick_device, version_of
+from .environment import environment, pick_device, version_of
 from .roofline import measure_ceilings
 from .workloads import DTYPES, PROJECTIONS
 
@@ -53,6 +54,7 @@ def doctor(console: Console, device_text: str | None, dtype: str) -> None:
     console.print("Versions: " + ", ".join(versions), highlight=False, soft_wrap=True)
     console.print(f"Peers: {_peer()}", highlight=False, soft_wrap=True)
     console.print(f"CPU kernels: {cpu_backend.describe()}", highlight=False, soft_wrap=True)
+    console.print(f"Profiles: {_profiles(device)}", highlight=False, soft_wrap=True)
     ceilings = measure_ceilings(device, DTYPES[dtype])
     read = f", read {ceilings.read_gbps:,.0f} GB/s" if ceilings.read_gbps else ""
     console.print(
@@ -66,6 +68,12 @@ def _triton(version: str | None) -> str:
     if version is None:
         return "triton not installed"
     return f"triton {version}" + (" in its interpreter (TRITON_INTERPRET)" if triton_backend.interpreted() else "")
+
+
+def _profiles(device: torch.device) -> str:
+    """What `qexperts tune` left, and whether it is used here."""
+    found = [f"{p.path}: {p.unused or f'{len(p.entries)} cases'}" for p in profiles(device)]
+    return "; ".join(found) or "none, rules alone (qexperts tune makes one)"
 
 
 def _peer() -> str:

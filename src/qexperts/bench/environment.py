@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from ..tuning import device_name
 from .timing import flush_method
 
-__all__ = ["device_name", "environment", "pick_device", "version_of", "with_threads"]
+__all__ = ["environment", "pick_device", "version_of", "with_threads"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -35,20 +36,6 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def device_name(device: torch.device) -> str:
-    """ "NVIDIA H100 80GB HBM3", or the processor and the number of threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(getattr(torch, device.type).get_device_name(device))
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def with_threads(name: str, threads: int) -> str:

@@ -19,7 +19,7 @@ from ..ops import grouped_gemm, moe, prepare
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Strategy, Take
 from ..testing import Inputs
-from .binding import Bound
+from .binding import Bound, Refused
 from .candidates import Candidate
 from .workloads import Workload
 
@@ -113,13 +113,17 @@ class FusedProvider(PackedProvider):
         x, permute = self._t.x, None
         if candidate.phase == "prefill":
             x, permute = triton_backend.permuted(weight, x, take)
-        tables, phase = self._tables(schedule, backend), candidate.phase or "prefill"
-        gemm = triton_backend.PackedGemm(weight, take, tables, phase, backend.PREFILL)
+        tables, phase, kernel = self._tables(schedule, backend), candidate.phase or "prefill", backend.PREFILL
+        if (sizes := candidate.config) is not None:
+            config, kernel = f"{name}: {sizes!r}", kernel._replace(bind=functools.partial(kernel.bind, config=sizes))
+        gemm = triton_backend.PackedGemm(weight, take, tables, phase, kernel, sizes)
         out = None if schedule.grouped else take((x.shape[0], weight.N), x.dtype)
         bound = schedule.bind(x, gemm, out, take)
         counts = bound.counts + Counter([permute.kind] if permute else [])
         run = bound if permute is None else functools.partial(_after, permute, bound)
         made = bound.only("schedule") if schedule.grouped else None
+        if sizes is not None and not dry:
+            _try(run)
         return Bound(run, counts, schedule.padded_rows, schedule=made, config=config)
 
     def _bind_auto(self, candidate: Candidate, weight: QuantWeight, take: Take, config: str) -> Bound:
@@ -127,6 +131,11 @@ class FusedProvider(PackedProvider):
         t = self._t
         y = take((t.x.shape[0], weight.N), t.x.dtype)
         problem, backend = self._problem(candidate), GPU_BACKENDS[self._backend(candidate)]
+        if isinstance(parts := candidate.config, triton_backend.Crossover):
+            problem, config = (
+                dataclasses.replace(problem, decode_threshold=parts.decode_threshold),
+                f"{config}: {parts!r}",
+            )
 
         def run() -> torch.Tensor:
             backend.run_into(problem, y, t.x, weight, t.counts)
@@ -138,6 +147,16 @@ class FusedProvider(PackedProvider):
         """None for one grouped launch: its schedule is made on the device, inside the clock."""
         split = backend.PREFILL.split
         return None if schedule.grouped else triton_backend.TileTables(schedule, self._t.weight.E, split)
+
+
+def _try(run: Callable[[], object]) -> None:
+    """Tile sizes that are asked for need not fit the device: what the compiler says to that is a reason."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        run()
+    except (OutOfResources, PTXASError) as error:
+        raise Refused(str(error)) from error
 
 
 def _after(first: Step, run: Callable[[], torch.Tensor]) -> torch.Tensor:

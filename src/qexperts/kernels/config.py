@@ -1,17 +1,21 @@
 """Tile sizes: readable default rules, in one place, and the predicate that says which sizes are valid.
 
-The rules were measured on an H100 with Triton 3.6 (`results/h100`).
+The rules were measured on an H100 with Triton 3.6 (`results/h100`). Over them stand measured tables (`tuning.py`),
+which may change what is FREE: sizes that leave the order of every sum, and so every bit of a result, as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import triton.language as tl
 
 from ..formats import FORMATS
 from ..layouts import tile_k
+from ..tuning import DTYPES, Case, Choice, bucket
 from .operand import Operand, tl_dtype
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "DecodeConfig",
     "HopperDecodeConfig",
     "PrefillConfig",
+    "case_of",
     "decode_config",
     "hopper_decode_config",
     "prefill_config",
@@ -27,7 +32,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillConfig:
+class PrefillConfig(Choice):
     """Sizes of `prefill.py`.
 
     Attributes:
@@ -43,9 +48,13 @@ class PrefillConfig:
     warps: int = 4
     programs_per_sm: int = 2
 
+    FREE: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "block_n": (64, 128, 256), "stages": (2, 3, 4, 5), "warps": (4, 8), "programs_per_sm": (1, 2, 3, 4),
+    }  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(Choice):
     """Sizes of `decode.py`: as `PrefillConfig`, and block_m rows at a time; parts of K side by side (1, 2 or 4);
     blocks of K loaded together; whether blocks are multiplied in halves (see `tile.py`)."""
 
@@ -57,6 +66,10 @@ class DecodeConfig:
     parts: int = 1
     unroll: int = 1
     halves: bool = False
+
+    FREE: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "block_n": (64, 128, 256), "stages": (2, 3, 4, 5), "warps": (4, 8), "unroll": (1, 2), "halves": (False, True),
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +174,9 @@ def valid(config: PrefillConfig | DecodeConfig, nvidia: bool) -> str | None:
     if nvidia and config.stages < 3:
         return f"stages is {config.stages}; expected at least 3: with fewer, operands are overwritten while in use"
     return None
+
+
+def case_of(backend: str, phase: str, w: Operand, dtype: torch.dtype, experts: int, rows: int) -> Case:
+    """What tables are asked for."""
+    sizes = (w.group, w.N, w.K, experts, bucket(rows))
+    return Case(backend, phase, w.format, DTYPES[dtype], str(w.scale), w.layout, *sizes)

@@ -9,30 +9,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import os
 import sys
-import tempfile
 import threading
 import warnings
 from pathlib import Path
 
 from llvmlite import binding, ir
 
+from ..files import cache_directory, replace
 from .spec import Kind
 
-__all__ = ["cache_directory", "function"]
+__all__ = ["function"]
 
 _lock = threading.Lock()
 _engines: list[binding.ExecutionEngine] = []  # machine code lives as long as its engine
 _FILES = ("vectors.py", "micro.py", "rows.py", "packing.py", "drivers.py", "spec.py", "build.py")
-
-
-def cache_directory() -> Path:
-    """$QEXPERTS_CACHE_DIR, or qexperts in the user's cache directory."""
-    given = os.environ.get("QEXPERTS_CACHE_DIR")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexperts"
 
 
 @functools.cache
@@ -83,10 +74,7 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(temporary, path)
+        replace(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
         _warn_unwritable(str(path.parent), str(error.strerror))
 

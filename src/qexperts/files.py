@@ -1,0 +1,28 @@
+"""Files that this package keeps: where, and how they are written."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+__all__ = ["cache_directory", "replace"]
+
+
+def cache_directory() -> Path:
+    """$QEXPERTS_CACHE_DIR, or qexperts in the user's cache directory."""
+    given = os.environ.get("QEXPERTS_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexperts"
+
+
+def replace(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file at once: whoever reads it finds this content or that before, never a part."""
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
