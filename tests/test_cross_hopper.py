@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from cross import TARGETS, Build, compile_call, dump, meta_weight
 from hazards import overwritten
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qexperts.kernels import hopper_prefill, schedule
 from qexperts.kernels.operand import operand
@@ -45,7 +46,7 @@ def test_compiles_for_sm_90(fmt: str, k: int) -> None:
     kwargs = {**hopper_prefill.constants(w), **options}
     arguments = hopper_prefill.arguments(y, x, w, tiles, 256)
     kernel = compile_call(hopper_prefill.hopper_kernel, arguments, kwargs, TARGETS["sm_90"])
-    descriptors = [a for a in arguments if isinstance(a, hopper_prefill.TensorDescriptor)]
+    descriptors = [a for a in arguments if isinstance(a, TensorDescriptor)]
     encoded = [(meta["block_size"], meta["elem_size"]) for meta in kernel.metadata.tensordesc_meta]
     assert encoded == [
         (d.block_shape, d.base.element_size()) for d in descriptors
