@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from cross import TARGETS, Build, compile_call, dump, meta_weight
+from cross import DTYPES, TARGETS, Build, compile_call, dump, meta_weight
 from hazards import overwritten
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -31,23 +31,27 @@ class Placed(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("fmt", "k"),
+    ("fmt", "dtype", "k"),
     [
-        ("int4_sym", 1536), ("int4_sym", 3072), ("int4_asym", 1536), ("int2_sym", 1536), ("int2_asym", 3072),
-        ("int8_sym", 1536), ("int8_asym", 3072), ("fp8_e4m3", 3072), ("fp8_e5m2", 1536), ("bf16", 1536), ("fp16", 3072),
+        ("int4_sym", "bf16", 1536), ("int4_sym", "bf16", 3072), ("int4_asym", "bf16", 1536), ("int2_sym", "bf16", 1536),
+        ("int2_asym", "bf16", 3072), ("int8_sym", "bf16", 1536), ("int8_asym", "bf16", 3072),
+        ("fp8_e4m3", "bf16", 3072), ("fp8_e5m2", "bf16", 1536), ("int4_sym", "fp16", 1536), ("int4_asym", "fp16", 3072),
+        ("int2_asym", "fp16", 1536), ("int8_asym", "fp16", 1536), ("fp8_e4m3", "fp16", 1536), ("bf16", "bf16", 1536),
+        ("fp16", "fp16", 3072),
     ],
 )  # fmt: skip
-def test_compiles_for_sm_90(fmt: str, k: int) -> None:
+def test_compiles_for_sm_90(fmt: str, dtype: str, k: int) -> None:
     quantized = FORMATS[fmt].quantized
     if quantized:
         module, fn, warps = hopper_prefill, hopper_prefill.hopper_kernel, 4
     else:
         module, fn, warps = hopper_dense, hopper_dense.dense_kernel, hopper_dense.WARPS
-    w = operand(meta_weight(Build("prefill", format=fmt, k=k, layout="tiles" if quantized else "strided")))
+    w = operand(
+        meta_weight(Build("prefill", format=fmt, k=k, scales=dtype, layout="tiles" if quantized else "strided"))
+    )
     w = w._replace(w=w.w.as_subclass(Placed), s=w.s.as_subclass(Placed))
-    dtype = torch.float16 if fmt == "fp16" else torch.bfloat16
-    x = torch.empty(4096, k, dtype=dtype, device="meta").as_subclass(Placed)
-    y = torch.empty(4096, w.N, dtype=dtype, device="meta")
+    x = torch.empty(4096, k, dtype=DTYPES[dtype], device="meta").as_subclass(Placed)
+    y = torch.empty(4096, w.N, dtype=DTYPES[dtype], device="meta")
     tiles = torch.empty(schedule.size(4096, 256), dtype=torch.int32, device="meta")
     options = {"num_warps": warps, "maxnreg": module.REGISTERS, "enable_fp_fusion": True}
     arguments = module.arguments(y, x, w, tiles, 256)

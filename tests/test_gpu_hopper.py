@@ -16,9 +16,15 @@ from qexperts.testing import Case, assert_no_worse, make_inputs, nan_filled
 pytestmark = pytest.mark.gpu
 
 QUANTIZED = [name for name, fmt in FORMATS.items() if fmt.quantized]
+DTYPES = (torch.bfloat16, torch.float16)
 DENSE = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+FULL = [*((fmt, dtype) for fmt in QUANTIZED for dtype in DTYPES), *DENSE]
 CASES = [
-    *(Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, 128, why="all classes") for fmt in QUANTIZED),
+    *(
+        Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, 128, dtype, why="all classes")
+        for fmt in QUANTIZED
+        for dtype in DTYPES
+    ),
     *(Case((7, 40, 20, 129), 128, 512, fmt, 256, why="two blocks share a scale") for fmt in QUANTIZED),
     *(Case((7, 40, 20, 129), 128, 384, fmt, None, why="one scale a row") for fmt in QUANTIZED),
     Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int4_sym", 128, why="fewer blocks than slots"),
@@ -68,8 +74,8 @@ def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
 
 
 @pytest.mark.parametrize("rows", [(128, 64), (128, 16), (128,), (300, 100, 40, 20, 5)], ids=str)
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_bits_where_the_machine_is_full(fmt: str, rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("fmt", "dtype"), FULL, ids=str)
+def test_bits_where_the_machine_is_full(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     """Consumers that fall behind their producer: a slot that is freed too early shows only here."""
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
@@ -81,7 +87,6 @@ def test_bits_where_the_machine_is_full(fmt: str, rows: tuple[int, ...]) -> None
     counts = torch.tensor((rows * experts)[:experts], dtype=torch.int32, device=device)
     total = int(counts.sum())
     generator = torch.Generator(device).manual_seed(5)
-    dtype = torch.float16 if fmt == "fp16" else torch.bfloat16
     w = torch.randn(experts, n, k, dtype=dtype, device=device, generator=generator)
     x = torch.randn(total, k, dtype=dtype, device=device, generator=generator)
     weight = prepare(quantize(w, fmt, group_size=128))

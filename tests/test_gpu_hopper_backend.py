@@ -55,9 +55,17 @@ def case(*rows: int, n: int = 384, k: int = 1536, fmt: str = "int4_sym", why: st
     ],
     ids=str,
 )
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_bits_and_oracle(fmt: str, which: Case, phase: str, device: torch.device) -> None:
-    dtype = torch.float16 if fmt == "fp16" else torch.bfloat16
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [
+        (fmt, dtype)
+        for fmt in FORMATS
+        for dtype in (torch.bfloat16, torch.float16)
+        if FORMATS[fmt].quantized or FORMATS[fmt].storage == dtype
+    ],
+    ids=str,
+)
+def test_bits_and_oracle(fmt: str, dtype: torch.dtype, which: Case, phase: str, device: torch.device) -> None:
     i, weight = made(dataclasses.replace(which, format=fmt, dtype=dtype), device)
     y = run(i, weight, phase)
     assert torch.equal(y, run(i, weight, phase, "triton"))

@@ -84,13 +84,13 @@ def _produce_unit(
                     desc,
                     [row, k * 128 + 64 * h],
                     x_full.index(xi),
-                    reinterpret(xs.index(xi), gl.bfloat16, [BM, 64], LX),
+                    reinterpret(xs.index(xi), desc.dtype, [BM, 64], LX),
                 )
                 xi, xp = advance(xi, xp, XS)
         else:
             mbarrier.wait(x_empty.index(xi), xp ^ 1)
             mbarrier.expect(x_full.index(xi), BM * 256)
-            both = reinterpret(xs.index(xi), gl.bfloat16, [128 // BM, BM, 64], LX)
+            both = reinterpret(xs.index(xi), desc.dtype, [128 // BM, BM, 64], LX)
             tma_load(desc, [row, k * 128], x_full.index(xi), both.index(0))
             tma_load(desc, [row, k * 128 + 64], x_full.index(xi), both.index(1))
             xi, xp = advance(xi, xp, XS)
@@ -207,31 +207,31 @@ def _step_words(w, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def _operands(ss, wi, w, FORMAT: gl.constexpr):
+def _operands(ss, wi, w, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
     """Scales of a slot of the weight as operands of the dequantization of words like w [2, 4, 2, 8, 4]."""
     L: gl.constexpr = w.type.layout
     s = gl.reshape(ss.index(wi).load(SCALES), (2, 4, 2, 8))
     s = gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
-    ASM: gl.constexpr = fast_pairs_of_word(FORMAT)
+    ASM: gl.constexpr = fast_pairs_of_word(FORMAT, gl.bfloat16 == DTYPE)
     a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r", [s], (gl.int32, gl.int32, gl.int32), True, 1)
     return gl.join(a, a), gl.join(b, b), gl.join(c, c)
 
 
 @gluon.jit
-def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr):
-    """Words of the two steps of a chunk -> bf16 [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; 2^`fast_exponent` too
-    small."""
-    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK)
+def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr, DTYPE: gl.constexpr):
+    """Words of the two steps of a chunk -> DTYPE [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; bf16: 2^`fast_exponent`
+    too small."""
+    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK, gl.bfloat16 == DTYPE)
     u = gl.join(u, u)  # an element for p = 0 and one for p = 1, which the assembly makes together
     if code_bits(FORMAT) == 8:
         C: gl.constexpr = "=r,=r,r,r,r,r,r,r,r,r"
         v = gl.join(v, v)
-        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
-        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
+        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
+        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
     else:
         o0, o1, o2, o3 = gl.inline_asm_elementwise(
             ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [u, a, b, c],
-            (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), True, 2,
+            (DTYPE.value, DTYPE.value, DTYPE.value, DTYPE.value), True, 2,
         )  # fmt: skip
     return gl.permute(gl.join(gl.join(o0, o1), gl.join(o2, o3)), (0, 1, 2, 3, 4, 5, 7, 6))
 
@@ -259,12 +259,12 @@ def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, LX: gl.constexpr):
+def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, DTYPE: gl.constexpr, LX: gl.constexpr):
     """64 k of a slot of x: [BM, 64]."""
     if BM == 128:
-        block = reinterpret(xs.index(xi), gl.bfloat16, [BM, 64], LX)
+        block = reinterpret(xs.index(xi), DTYPE, [BM, 64], LX)
     else:
-        block = reinterpret(xs.index(xi), gl.bfloat16, [128 // BM, BM, 64], LX).index(HALF)
+        block = reinterpret(xs.index(xi), DTYPE, [128 // BM, BM, 64], LX).index(HALF)
     return block
 
 
@@ -277,34 +277,35 @@ def _consume_unit(
     AHEAD: gl.constexpr = _loads_ahead(FORMAT)
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
+    DTYPE: gl.constexpr = desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros((128, BM), gl.float32, MMA)
-    flying = gl.zeros((128, 16 if BM == 128 else 32), gl.bfloat16, A)
+    flying = gl.zeros((128, 16 if BM == 128 else 32), DTYPE, A)
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
         if not AHEAD:
             mbarrier.wait(w_full.index(wi), wp)
             w = _words(ws, wi, 0, FORMAT)
         w0, w1, w2, w3 = _step_words(w, FORMAT)
-        a, b, c = _operands(ss, wi, w0, FORMAT)
-        t = _pairs(w0, w1, a, b, c, FORMAT, 0)
+        a, b, c = _operands(ss, wi, w0, FORMAT, DTYPE)
+        t = _pairs(w0, w1, a, b, c, FORMAT, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 0, BM, LX)
+        block = _block(xs, xi, 0, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
-        acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1), block, 1, A)
+        acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
         fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
         thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
         mbarrier.arrive(x_empty.index(before), count=1, pred=k > 0)
         wi, wp = advance(wi, wp, WS)
         before = xi
-        t = _pairs(w4, w5, a, b, c, FORMAT, 0)
+        t = _pairs(w4, w5, a, b, c, FORMAT, 0, DTYPE)
         if BM == 128:
             xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 1, BM, LX)
+        block = _block(xs, xi, 1, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         if BM == 128:
             mbarrier.arrive(x_empty.index(before), count=1)
@@ -312,12 +313,14 @@ def _consume_unit(
         if AHEAD:
             mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
             w = _words(ws, wi, 0, FORMAT)
-        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1), block, 1, A)
+        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
         xi, xp = advance(xi, xp, XS)
     acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
-    store(y_ptr, acc * 2.0 ** fast_exponent(), row, rows, first_n, N)
+    if gl.bfloat16 == DTYPE:
+        acc *= 2.0 ** fast_exponent()
+    store(y_ptr, acc, row, rows, first_n, N)
     return xi, xp, wi, wp, w
 
 
@@ -364,7 +367,7 @@ def hopper_kernel(
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
     INFOS: gl.constexpr,
 ):  # fmt: skip
-    xs = gl.allocate_shared_memory(gl.bfloat16, [XS, 128, 64], x128.layout)
+    xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(gl.int32, [WS, 8, w_desc.block_shape[1], w_desc.block_shape[2]], w_desc.layout)
     ss = gl.allocate_shared_memory(gl.int32, [WS, 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -454,7 +457,7 @@ def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
     """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
 
-    bf16 activations and scales; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
+    x, y and scales in bf16 or in fp16; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
     """
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
