@@ -55,9 +55,18 @@ def case(*rows: int, n: int = 384, k: int = 1536, fmt: str = "int4_sym", why: st
     ],
     ids=str,
 )
-@pytest.mark.parametrize("fmt", [fmt.name for fmt in FORMATS.values() if fmt.quantized])
-def test_bits_and_oracle(fmt: str, which: Case, phase: str, device: torch.device) -> None:
-    i, weight = made(dataclasses.replace(which, format=fmt), device)
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [
+        (fmt, dtype)
+        for fmt in FORMATS
+        for dtype in (torch.bfloat16, torch.float16)
+        if FORMATS[fmt].quantized or FORMATS[fmt].storage == dtype
+    ],
+    ids=str,
+)
+def test_bits_and_oracle(fmt: str, dtype: torch.dtype, which: Case, phase: str, device: torch.device) -> None:
+    i, weight = made(dataclasses.replace(which, format=fmt, dtype=dtype), device)
     y = run(i, weight, phase)
     assert torch.equal(y, run(i, weight, phase, "triton"))
     assert_no_worse(y, i.oracle, i.peer, which.K)
@@ -153,6 +162,18 @@ def test_rows_may_lie_anywhere_and_streams_do_not_mix(columns: tuple[int, int], 
         y = run(dataclasses.replace(i, x=x), weight, "prefill")
     stream.synchronize()
     assert torch.equal(y, run(i, weight, "prefill", "triton"))
+
+
+def test_unquantized_weights_may_lie_anywhere(device: torch.device) -> None:
+    i, weight = made(case(140, 3, n=128, k=256, fmt="bf16"), device)
+    expected = run(i, weight, "prefill", "triton")
+    for before, after in ((0, 8), (8, 8), (5, 11), (4, 0)):
+        wide = torch.full((2, 144, before + 256 + after), float("nan"), device=device, dtype=torch.bfloat16)
+        codes = wide[:, :128, before : before + 256]
+        codes.copy_(weight.codes)
+        assert torch.equal(run(i, weight.with_tensors(codes, None, None), "prefill"), expected)
+    first = weight.with_tensors(weight.codes[:1].expand(2, -1, -1), None, None)
+    assert torch.equal(run(i, first, "prefill"), run(i, first, "prefill", "triton"))
 
 
 def test_rows_that_are_one_row(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qexperts import FORMATS, QuantExperts, UnsupportedError, grouped_gemm, prepare, quantize, unprepare
+from qexperts import FORMATS, QuantExperts, QuantWeight, UnsupportedError, grouped_gemm, prepare, quantize, unprepare
 from qexperts.backends import BACKENDS, Problem, hopper_backend, select, triton_backend
 from qexperts.testing import Case, make_inputs
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon is not interpreted", allow_module_level=True)
 
-from qexperts.kernels import hopper_prefill, schedule
+from qexperts.kernels import hopper_dense, hopper_prefill, schedule
 from qexperts.kernels.operand import operand
 
 GPU = torch.device("cuda", 0)
@@ -26,6 +26,7 @@ TAKEN = Problem(
     "test", FORMATS["int4_sym"], torch.bfloat16, GPU, 64, 8, 256, 384, 128, scale_dtype=torch.bfloat16,
     weight_layout="tiles", phase="prefill",
 )  # fmt: skip
+BF16 = {"format": FORMATS["bf16"], "group_size": None, "scale_dtype": None, "weight_layout": "public"}
 
 
 @pytest.fixture
@@ -52,10 +53,16 @@ def sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"group_size": 384}, None),
         ({"K": 512, "group_size": 256}, None),
         ({"group_size": None, "scale_layout": "tensor"}, None),
-        ({"dtype": torch.float16}, "takes bfloat16 activations, with scales in bfloat16"),
-        ({"scale_dtype": torch.float32}, "takes bfloat16 activations, with scales in bfloat16"),
-        ({"wide": True}, "and returns bfloat16"),
-        ({"format": FORMATS["bf16"], "group_size": None}, "has kernels for quantized weights"),
+        ({"dtype": torch.float16, "scale_dtype": torch.float16}, None),
+        ({"dtype": torch.float32, "scale_dtype": torch.float32}, "takes bf16 or fp16 activations"),
+        ({"dtype": torch.float16}, "takes scales of the activations' dtype; they are torch.bfloat16"),
+        ({"scale_dtype": torch.float32}, "takes scales of the activations' dtype; they are torch.float32"),
+        ({"wide": True}, "returns the dtype of the activations, not fp32"),
+        (BF16, None),
+        ({**BF16, "format": FORMATS["fp16"], "dtype": torch.float16, "N": 208, "K": 80}, None),
+        ({**BF16, "dtype": torch.float16}, "bf16 weights need bf16 activations"),
+        ({**BF16, "code_order": "columns"}, "reads unquantized weights whose k lie beside each other"),
+        ({**BF16, "wide": True}, "returns the dtype of the activations, not fp32"),
         ({"format": FORMATS["fp8_e5m2"]}, None),
         ({"backward": True}, "gradients run on the torch backend"),
         ({"activation_format": "int8"}, "does not quantize activations to int8"),
@@ -95,6 +102,8 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"weight_layout": "public"}, "triton"),
         ({"format": FORMATS["int4_asym"]}, "hopper"),
         ({"N": 192}, "triton"),
+        (BF16, "hopper"),
+        ({**BF16, "code_order": "columns"}, "triton"),
     ],
     ids=str,
 )
@@ -162,9 +171,9 @@ class Kernel:
         return lambda *args, **options: self.calls.append((grid, args, options))
 
 
-def tensors(rows: int = 70, n: int = 128, k: int = 256) -> tuple[Any, ...]:
-    i = make_inputs(Case((rows - 6, 6), n, k, "int4_sym", 128))
-    w = operand(prepare_tiles(i.weight))
+def tensors(fmt: str = "int4_sym", rows: int = 70, n: int = 128, k: int = 256) -> tuple[Any, ...]:
+    i = make_inputs(Case((rows - 6, 6), n, k, fmt, 128))
+    w = operand(prepare_tiles(i.weight) if FORMATS[fmt].quantized else i.weight)
     tiles = torch.zeros(schedule.size(rows, 2), dtype=torch.int32)
     return torch.empty(rows, n, dtype=torch.bfloat16), i.x, w, tiles
 
@@ -175,17 +184,23 @@ def prepare_tiles(weight: Any) -> Any:
     return to_layout(weight, "tiles")
 
 
-def test_a_bound_launch_passes_what_the_kernel_itself_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "module", "programs", "warps"),
+    [("int4_sym", hopper_prefill, 10, 4), ("bf16", hopper_dense, 5, 8)],
+)
+def test_a_bound_launch_passes_what_the_kernel_itself_would_take(
+    fmt: str, module: Any, programs: int, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of other tensors of the kind, and holds none of those that it was bound with."""
-    kernel, first, second = Kernel(), tensors(), tensors()
-    monkeypatch.setattr(hopper_prefill._LAUNCH, "kernel", kernel)
+    kernel, first, second = Kernel(), tensors(fmt), tensors(fmt)
+    monkeypatch.setattr(module._LAUNCH, "kernel", kernel)
     y, x, w, tiles = first
-    launch = hopper_prefill.bind(y, x, w, tiles, 2, 5)
+    launch = module.bind(y, x, w, tiles, 2, 5)
     y, x, w, tiles = second
     launch(y, x, w.w, w.s, w.z, tiles)
     ((grid, args, options),) = kernel.calls
-    expected = hopper_prefill.arguments(y, x, w, tiles, 2)
-    assert grid == (10, 1, 1) and len(args) == len(expected)
+    expected = module.arguments(y, x, w, tiles, 2)
+    assert grid == (programs, 1, 1) and len(args) == len(expected)
     for got, want in zip(args, expected, strict=True):
         if isinstance(want, int):
             assert got == want
@@ -197,7 +212,7 @@ def test_a_bound_launch_passes_what_the_kernel_itself_would_take(monkeypatch: py
             assert got.layout == want.layout and got.base.dtype == want.base.dtype
             assert got.base.data_ptr() == want.base.data_ptr()
     assert options == {
-        **hopper_prefill.constants(w), "num_warps": 4, "maxnreg": hopper_prefill.REGISTERS, "enable_fp_fusion": True,
+        **module.constants(w), "num_warps": warps, "maxnreg": module.REGISTERS, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -205,7 +220,8 @@ def test_what_the_copy_engine_cannot_read_goes_through_triton(monkeypatch: pytes
     went: list[str] = []
     monkeypatch.setattr(triton_backend, "bind_prefill", lambda *given: lambda *tensors: went.append("triton"))
     monkeypatch.setattr(triton_backend, "processors", lambda device: 1)
-    monkeypatch.setattr(hopper_prefill, "bind", lambda *given: lambda *tensors: went.append("gluon"))
+    for module in (hopper_prefill, hopper_dense):
+        monkeypatch.setattr(module, "bind", lambda *given: lambda *tensors: went.append("gluon"))
     y, x, w, tiles = tensors()
     rest = (w.w, w.s, w.z, tiles)
     rows, k = x.shape
@@ -225,6 +241,21 @@ def test_what_the_copy_engine_cannot_read_goes_through_triton(monkeypatch: pytes
     for given in (rest, (w.w.flatten()[4:], *rest[1:]), (w.w, w.s.flatten()[1:], *rest[2:]), rest):
         call(y, x, *given)
     assert went == ["gluon", "triton", "triton", "gluon"]
+    y, x, w, tiles = tensors("bf16")
+    n, k = w.N, w.K
+    memory = torch.zeros(2 * n * (k + 8), dtype=x.dtype)
+    for strides, expected in (
+        ((n * k, k, 1), "gluon"),
+        ((n * (k + 8), k + 8, 1), "gluon"),
+        ((n * (k + 4), k + 4, 1), "triton"),
+        ((0, k, 1), "triton"),
+        ((n * k, 1, n), "triton"),
+        ((k, 2 * k, 1), "triton"),
+    ):
+        codes = memory.as_strided((2, n, k), strides)
+        given = operand(QuantWeight(codes, None, None, FORMATS["bf16"]))
+        hopper_backend.PREFILL.bind(y, x, given, 2)(y, x, codes, codes, codes, tiles)
+        assert went.pop() == expected, strides
 
 
 def test_the_two_backends_bind_calls_of_their_own(sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:

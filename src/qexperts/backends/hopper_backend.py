@@ -1,11 +1,11 @@
-"""Backend "hopper": on sm_90 the prefill of prepared weights in Gluon; everything else as backend "triton" does it.
+"""Backend "hopper": on sm_90 the prefill in Gluon, of prepared and of unquantized weights; the rest as by "triton".
 
     decode     that of "triton"
     prefill    schedule, then one grouped GEMM in which the copy engine runs ahead of the multiplications
 
 The Gluon prefill has the bits of the Triton one, so phase "auto" is decided as by "triton"; weights prepared for one
 backend serve the other. What the copy engine cannot read (tensors that do not lie on multiples of 16 bytes, rows of x
-that do not or that overlap) goes through the Triton prefill.
+or of an unquantized weight that do not or that overlap) goes through the Triton prefill.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,14 +40,11 @@ __all__ = [
 LAYOUT = triton_backend.LAYOUT
 no_layout = triton_backend.no_layout
 
-# What the Gluon prefill takes.
-DTYPES = (torch.bfloat16,)  # of activations
-SCALES = (torch.bfloat16,)
-BLOCK = 128  # N, K and the group size (or K) are multiples of it
+BLOCK = 128  # N, K and the group size (or K) of quantized weights are multiples of it
 
-# Formats in which it was measured to be faster than "triton": 1.12 to 1.32 times as fast on the recorded workload, 1.05
-# to 1.23 times with 128 rows for each expert (results/h100/prefill_hopper*.jsonl).
-FASTER = tuple(fmt.name for fmt in FORMATS.values() if fmt.quantized)
+# Formats in which it was measured to be faster than "triton": quantized 1.12 to 1.32 times as fast on the recorded
+# workload, 1.05 to 1.23 times with 128 rows for each expert (results/h100/prefill_hopper*.jsonl).
+FASTER = tuple(FORMATS)
 
 
 def supports(problem: Problem) -> tuple[str | None, str, bool]:
@@ -78,15 +76,17 @@ def _no_device(device: torch.device) -> str | None:
 
 
 def _no_kernel(problem: Problem) -> str | None:
-    p, scale = problem, problem.scale_dtype
+    p = problem
     if p.backward:
         return "gradients run on the torch backend"
     if p.activation_format is not None:
         return f"does not quantize activations to {p.activation_format}"
+    if p.wide:
+        return "returns the dtype of the activations, not fp32"
     if not p.format.quantized:
-        return "has kernels for quantized weights"
-    if p.dtype not in DTYPES or scale not in SCALES or p.wide:
-        return f"takes {_names(DTYPES)} activations, with scales in {_names(SCALES)}, and returns {_names(DTYPES)}"
+        return None if p.code_order == "rows" else "reads unquantized weights whose k lie beside each other"
+    if p.scale_dtype != p.dtype:
+        return f"takes scales of the activations' dtype; they are {p.scale_dtype}, activations {p.dtype}"
     if p.group_size not in (None, p.K) and p.group_size % BLOCK:
         return f"group_size={p.group_size}; it has kernels for K and multiples of {BLOCK}"
     if p.N % BLOCK or p.K % BLOCK:
@@ -96,18 +96,26 @@ def _no_kernel(problem: Problem) -> str | None:
     return None
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
     """As of the backend "triton"."""
-    from ..kernels import hopper_prefill
-
-    parts = [] if phase == "decode" else [hopper_prefill.describe(weight.format.name)]
+    parts = [] if phase == "decode" else [_kernel(weight.format.name).describe(weight.format.name)]
     parts += [] if phase == "prefill" else [triton_backend.describe(weight, x, "decode")]
     parts += [repr(triton_backend.config_of(weight, x, "auto", PREFILL))] if phase == "auto" else []
     return ", ".join(parts)
+
+
+def _kernel(fmt: str) -> ModuleType:
+    """The Gluon prefill of a format."""
+    from ..kernels import hopper_dense, hopper_prefill
+
+    return hopper_prefill if FORMATS[fmt].quantized else hopper_dense
+
+
+def _apart(x: torch.Tensor, w: Any) -> bool:
+    """Whether rows of x, and of an unquantized weight, lie apart on multiples of 16 bytes."""
+    e, n, k = w.strides[:3] if w.layout == "strided" else (w.K, w.K, 1)
+    m, size = x.stride(0), x.element_size()
+    return m >= w.K and m * size % 16 == 0 and k == 1 and e >= n >= w.K and e % n == 0 and n * size % 16 == 0
 
 
 class _Prefill:
@@ -115,8 +123,7 @@ class _Prefill:
 
     def __init__(self, y: torch.Tensor, x: torch.Tensor, w: Any, experts: int) -> None:
         self._w, self._experts = w._replace(w=None, s=None, z=None), experts
-        stride = x.stride(0)
-        self._rows_apart = stride >= w.K and stride * x.element_size() % 16 == 0
+        self._rows_apart = _apart(x, w)
         self._bound: dict[bool, Callable[..., None]] = {}  # by whether the copy engine can read the tensors
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -128,13 +135,11 @@ class _Prefill:
         launch(*tensors)
 
     def _bind(self, readable: bool, y: torch.Tensor, x: torch.Tensor, *rest: torch.Tensor) -> Callable[..., None]:
-        from ..kernels import hopper_prefill
-
         *weight, tiles = rest
         operand = self._w._replace(**dict(zip("wsz", weight, strict=True)))
         if not readable:
             return triton_backend.bind_prefill(y, x, operand, self._experts)
-        return hopper_prefill.bind(y, x, operand, tiles, self._experts, triton_backend.processors(y.device))
+        return _kernel(operand.format).bind(y, x, operand, tiles, self._experts, triton_backend.processors(y.device))
 
 
 PREFILL = triton_backend.PrefillKernel("hopper", _Prefill, split=False)

@@ -154,9 +154,19 @@ def fast_exponent() -> int:
 
 
 @triton.constexpr_function
-def _fast_operands(fmt: str) -> str:
+def _fast_operands(fmt: str, bf16: bool = True) -> str:
     """$0, $1: scales of a code that starts at bit 0, at bit 4; $2: addend; from $3: s; $4: z, of `scale_operand` and
-    `zero_operand`."""
+    `zero_operand`. fp16: $0: scale; $1, $2: addends of a code that starts at bit 4, at bit 0."""
+    if not bf16:
+        if fmt.endswith("_asym"):
+            return (
+                f"{{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $2, $4; mov.b32 a, {_both(1.0, False)};"
+                f"mov.b32 b, {_both(1024.0 - 64.0, False)}; fma.rn.f16x2 $1, $4, a, b;}}"
+            )
+        offset = 0 if fmt.startswith("fp8") else 2 ** (code_bits(fmt) - 1)
+        return (
+            f"mov.b32 $0, $3; mov.b32 $1, {_both(-64.0 - offset, False)}; mov.b32 $2, {_both(-1024.0 - offset, False)};"
+        )
     down = -fast_exponent()
     if fmt.endswith("_asym"):  # z holds 128 -+ zero
         z = -128.0 if fmt.startswith("int8") else 128.0
@@ -174,7 +184,7 @@ def _fast_operands(fmt: str) -> str:
 
 
 @triton.constexpr_function
-def _fast(fmt: str, chunk: int = -1) -> str:
+def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
     """A word of codes -> registers of two bf16 values, scaled down: word, scales for bits 0 and 4, addend.
 
     The lowest 8 bits of a bf16, its exponent's last bit among them, count from 0 in steps of 2^-133. A code stays where
@@ -183,6 +193,7 @@ def _fast(fmt: str, chunk: int = -1) -> str:
         f c 2^-133 * s 2^(133 - 32) / f - offset s 2^-32 = (c - offset) s 2^-32
 
     rounded once. With a zero point, whose product with the scale would not be exact, it is (c - zero) 2^-32 first.
+    fp16 has no such range: it is (1024 + f c) / f - (1024 / f + offset or zero) first, and nothing is scaled down.
     """
     bits = code_bits(fmt)
     registers = range(16 // bits)
@@ -191,28 +202,34 @@ def _fast(fmt: str, chunk: int = -1) -> str:
         registers = registers[4 * chunk : 4 * chunk + 4] if bits == 2 else registers
         word, next_input = len(registers), 2
     lines = [f".reg .b32 r, none, ka, kb, m0, m2, m8, m10; mov.b32 none, 0x80008000; mov.b32 m0, ${word};"]
+    t = "bf16x2" if bf16 else "f16x2"
     if fmt.startswith("fp8"):
-        shift, mask = (3, 0x0FE0) if fmt == "fp8_e5m2" else (4, 0x07F0)
+        shift, mask = {
+            ("fp8_e4m3", True): (4, 0x07F0), ("fp8_e5m2", True): (3, 0x0FE0), ("fp8_e4m3", False): (1, 0x3F80),
+            ("fp8_e5m2", False): (0, 0x7F00),
+        }[fmt, bf16]  # fmt: skip
         lines.append(f"shl.b32 m8, ${word}, 8;")
         for h, source in enumerate(("m8", "m0")):
             lines.append(f"and.b32 r, {source}, 0x80008000; shr.u32 m2, {source}, {shift};")
-            lines.append(
-                f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea; fma.rn.bf16x2 r, r, ${word + next_input}, none;"
-            )
+            lines.append(f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea;")
+            if not bf16 and shift:  # the difference of the exponents' biases, which a scale has no room for
+                lines.append(f"mov.b32 ka, {_both(2.0**8, False)}; fma.rn.f16x2 r, r, ka, none;")
+            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
             lines.append(f"mov.b32 ${h}, r;" if chunk >= 0 else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
         return "{" + "\n".join(lines) + "}"
     asym = fmt.endswith("_asym")
     offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
     lines += [f"shr.u32 m{at}, m0, {at};" for at in ((8,) if bits > 2 else (2, 8, 10))]
-    up = 133 - fast_exponent()
-    lines.append(f"mov.b32 ka, {_both(2.0**up, True)}; mov.b32 kb, {_both(2.0 ** (up - 4), True)};")
+    head, up = (0, 133 - fast_exponent()) if bf16 else (0x6400, 0)  # 1024
+    lines.append(f"mov.b32 ka, {_both(2.0**up, bf16)}; mov.b32 kb, {_both(2.0 ** (up - 4), bf16)};")
     for i in registers:
         low = 4 if bits < 8 and bits * i % 8 >= 4 else 0
-        a, b = ((1 << bits) - 1) << low, offset << low
+        a, b = ((1 << bits) - 1) << low, head ^ offset << low
         lines.append(f"lop3.b32 r, m{bits * i - low}, {a * 0x10001:#x}, {b * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
-        if asym:
-            lines.append(f"fma.rn.bf16x2 r, r, {'kb' if low else 'ka'}, ${word + 3 * next_input};")
-            lines.append(f"fma.rn.bf16x2 r, r, ${word + next_input}, none;")
+        if asym or not bf16:
+            addend = word + (2 if low and not bf16 else 3) * next_input
+            lines.append(f"fma.rn.{t} r, r, {'kb' if low else 'ka'}, ${addend};")
+            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
         else:
             lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1) * next_input}, ${word + 3 * next_input};")
         lines.append(f"mov.b32 ${i - registers[0]}, r;" if chunk >= 0 else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
@@ -220,24 +237,25 @@ def _fast(fmt: str, chunk: int = -1) -> str:
 
 
 @triton.constexpr_function
-def fast_pairs(fmt: str, chunk: int) -> str:
-    """`_fast` for pairs of equal words, scales and addends: a register of two bf16 values for each pair and step.
+def fast_pairs(fmt: str, chunk: int, bf16: bool) -> str:
+    """`_fast` for pairs of equal words, scales and addends: a register of two values for each pair and step.
 
     chunk: with 2 bits a word holds two, of 32 k each; not used with others.
     """
-    return _fast(fmt, chunk)
+    return _fast(fmt, chunk, bf16)
 
 
 @triton.constexpr_function
-def fast_pairs_of_word(fmt: str) -> str:
+def fast_pairs_of_word(fmt: str, bf16: bool) -> str:
     """`_fast_operands` of a prepared scale, $3: scale in the low half, in the high half zero point or scale again."""
-    operands = _fast_operands(fmt).replace("$3", "s").replace("$4", "z")
+    operands = _fast_operands(fmt, bf16).replace("$3", "s").replace("$4", "z")
     if not fmt.endswith("_asym"):
         return "{.reg .b32 s; mov.b32 s, $3;" + operands + "}"
-    one, magic = _both(-1.0, True), _both(128.0 if fmt.startswith("int8") else -128.0, True)
+    one, magic = _both(-1.0, bf16), _both((128.0 if fmt.startswith("int8") else -128.0) if bf16 else -1024.0, bf16)
+    t = "bf16x2" if bf16 else "f16x2"
     return (
         "{.reg .b32 s, z, f, g; prmt.b32 s, $3, $3, 0x1010; prmt.b32 z, $3, $3, 0x3232;"
-        f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.bf16x2 z, z, f, g;" + operands + "}"
+        f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.{t} z, z, f, g;" + operands + "}"
     )
 
 

@@ -24,19 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan import max_tiles
 from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
-from .launcher import Launch, Launcher, View
+from .hopper_work import INFOS, advance, announce, claim, described, heard, store, tile
+from .hopper_work import bind as bind_views
+from .launcher import Launch, Launcher
 from .operand import Operand
 
 __all__ = ["REGISTERS", "arguments", "bind", "constants", "describe", "hopper_kernel", "launch"]
 
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
 PROGRAMS_PER_SM = 2
-INFOS = 4  # more than the units that the producer may be ahead
 SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
 
 # scales of a block, [(rep, warp, rh), lh]
@@ -62,23 +62,6 @@ def _words_layout(bits):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _claim(schedule_ptr, back, units):
-    """The next unit of work, or -1; a front counter and one from the back in the halves of 64 bits."""
-    one = gl.where(back == 1, 1 << 32, 1).to(gl.int64)
-    ticket = gl.atomic_add((schedule_ptr + 2).to(gl.pointer_type(gl.int64)), one, sem="relaxed")
-    f = (ticket & 0x7FFFFFFF).to(gl.int32)
-    b = (ticket >> 32).to(gl.int32)
-    return gl.where(f + b < units, gl.where(back == 1, units - 1 - b, f), -1)
-
-
-@gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
-    phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
-    slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
-    return slot, phase
-
-
-@gluon.jit
 def _produce_unit(
     desc, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
     N: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
@@ -92,7 +75,7 @@ def _produce_unit(
         mbarrier.expect(w_full.index(wi), 32 * ROWS * w_desc.block_shape[2] + 512)
         tma_load(w_desc, [panel, k * ROWS, 0], w_full.index(wi), ws.index(wi))
         tma_load(s_desc, [scale_row + k // BLOCKS * (N // 8), 0], w_full.index(wi), ss.index(wi))
-        wi, wp = _next(wi, wp, WS)
+        wi, wp = advance(wi, wp, WS)
         if BM == 128:
             for h in gl.static_range(2):
                 mbarrier.wait(x_empty.index(xi), xp ^ 1)
@@ -101,16 +84,16 @@ def _produce_unit(
                     desc,
                     [row, k * 128 + 64 * h],
                     x_full.index(xi),
-                    reinterpret(xs.index(xi), gl.bfloat16, [BM, 64], LX),
+                    reinterpret(xs.index(xi), desc.dtype, [BM, 64], LX),
                 )
-                xi, xp = _next(xi, xp, XS)
+                xi, xp = advance(xi, xp, XS)
         else:
             mbarrier.wait(x_empty.index(xi), xp ^ 1)
             mbarrier.expect(x_full.index(xi), BM * 256)
-            both = reinterpret(xs.index(xi), gl.bfloat16, [128 // BM, BM, 64], LX)
+            both = reinterpret(xs.index(xi), desc.dtype, [128 // BM, BM, 64], LX)
             tma_load(desc, [row, k * 128], x_full.index(xi), both.index(0))
             tma_load(desc, [row, k * 128 + 64], x_full.index(xi), both.index(1))
-            xi, xp = _next(xi, xp, XS)
+            xi, xp = advance(xi, xp, XS)
     return xi, xp, wi, wp
 
 
@@ -144,16 +127,6 @@ def _produce(
 
 
 @gluon.jit
-def _tile(tiles_ptr, unit, MAX_TILES, N: gl.constexpr):
-    """Expert, row, rows, first n of a unit."""
-    tile = gl.maximum(unit, 0) // (N // 128)
-    e = gl.load(tiles_ptr + tile)
-    row = gl.load(tiles_ptr + MAX_TILES + tile)
-    rows = gl.load(tiles_ptr + 2 * MAX_TILES + tile)
-    return e, row, rows, gl.maximum(unit, 0) % (N // 128) * 128
-
-
-@gluon.jit
 def _producer(
     x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty, w_full,
     w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr,
@@ -161,38 +134,34 @@ def _producer(
 ):  # fmt: skip
     NK: gl.constexpr = K // 128
     AHEAD: gl.constexpr = WS if NK > WS else NK  # blocks that need not wait long
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    field = gl.arange(0, 4, L)
     units = gl.load(schedule_ptr) * (N // 128)
     back = (gl.program_id(0) >= gl.num_programs(0) // 2).to(gl.int32)
-    unit = _claim(schedule_ptr, back, units)
-    e, row, rows, first_n = _tile(tiles_ptr, unit, MAX_TILES, N)
+    unit = claim(schedule_ptr, back, units)
+    e, row, rows, block_n = tile(tiles_ptr, unit, MAX_TILES, N // 128)
     zero = unit * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
     while unit >= 0:
-        infos.index(i % INFOS).store(gl.where(field == 0, row, gl.where(field == 1, rows, first_n // 128)))
-        mbarrier.arrive(info_full.index(i % INFOS), count=1)
+        announce(infos, info_full, i, row, rows, block_n, INFOS)
         i += 1
-        panel = e * (N // 16) + first_n // 16
-        scale_row = e * (N // 8 * (NK // BLOCKS)) + first_n // 8
+        panel = e * (N // 16) + block_n * 8
+        scale_row = e * (N // 8 * (NK // BLOCKS)) + block_n * 16
         xi, xp, wi, wp = _produce(
             x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
             rows, panel, scale_row, N, BLOCKS, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
-        unit = _claim(schedule_ptr, back, units)
-        next_e, next_row, next_rows, next_n = _tile(tiles_ptr, unit, MAX_TILES, N)
+        unit = claim(schedule_ptr, back, units)
+        next_e, next_row, next_rows, next_n = tile(tiles_ptr, unit, MAX_TILES, N // 128)
         if AHEAD < NK:
             xi, xp, wi, wp = _produce(
                 x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
                 rows, panel, scale_row, N, BLOCKS, AHEAD, NK, XS, WS,
             )  # fmt: skip
-        e, row, rows, first_n = next_e, next_row, next_rows, next_n
+        e, row, rows, block_n = next_e, next_row, next_rows, next_n
     if _loads_ahead(FORMAT):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
         mbarrier.arrive(w_full.index(wi), count=1)
-    infos.index(i % INFOS).store(gl.where(field == 1, 0, field * 0))
-    mbarrier.arrive(info_full.index(i % INFOS), count=1)
+    announce(infos, info_full, i, zero, zero, zero, INFOS)
 
 
 @triton.constexpr_function
@@ -238,31 +207,31 @@ def _step_words(w, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def _operands(ss, wi, w, FORMAT: gl.constexpr):
+def _operands(ss, wi, w, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
     """Scales of a slot of the weight as operands of the dequantization of words like w [2, 4, 2, 8, 4]."""
     L: gl.constexpr = w.type.layout
     s = gl.reshape(ss.index(wi).load(SCALES), (2, 4, 2, 8))
     s = gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
-    ASM: gl.constexpr = fast_pairs_of_word(FORMAT)
+    ASM: gl.constexpr = fast_pairs_of_word(FORMAT, gl.bfloat16 == DTYPE)
     a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r", [s], (gl.int32, gl.int32, gl.int32), True, 1)
     return gl.join(a, a), gl.join(b, b), gl.join(c, c)
 
 
 @gluon.jit
-def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr):
-    """Words of the two steps of a chunk -> bf16 [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; 2^`fast_exponent` too
-    small."""
-    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK)
+def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr, DTYPE: gl.constexpr):
+    """Words of the two steps of a chunk -> DTYPE [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; bf16: 2^`fast_exponent`
+    too small."""
+    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK, gl.bfloat16 == DTYPE)
     u = gl.join(u, u)  # an element for p = 0 and one for p = 1, which the assembly makes together
     if code_bits(FORMAT) == 8:
         C: gl.constexpr = "=r,=r,r,r,r,r,r,r,r,r"
         v = gl.join(v, v)
-        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
-        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (gl.bfloat16, gl.bfloat16), True, 2)
+        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
+        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
     else:
         o0, o1, o2, o3 = gl.inline_asm_elementwise(
             ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [u, a, b, c],
-            (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), True, 2,
+            (DTYPE.value, DTYPE.value, DTYPE.value, DTYPE.value), True, 2,
         )  # fmt: skip
     return gl.permute(gl.join(gl.join(o0, o1), gl.join(o2, o3)), (0, 1, 2, 3, 4, 5, 7, 6))
 
@@ -290,12 +259,12 @@ def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, LX: gl.constexpr):
+def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, DTYPE: gl.constexpr, LX: gl.constexpr):
     """64 k of a slot of x: [BM, 64]."""
     if BM == 128:
-        block = reinterpret(xs.index(xi), gl.bfloat16, [BM, 64], LX)
+        block = reinterpret(xs.index(xi), DTYPE, [BM, 64], LX)
     else:
-        block = reinterpret(xs.index(xi), gl.bfloat16, [128 // BM, BM, 64], LX).index(HALF)
+        block = reinterpret(xs.index(xi), DTYPE, [128 // BM, BM, 64], LX).index(HALF)
     return block
 
 
@@ -308,34 +277,35 @@ def _consume_unit(
     AHEAD: gl.constexpr = _loads_ahead(FORMAT)
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
+    DTYPE: gl.constexpr = desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     acc = gl.zeros((128, BM), gl.float32, MMA)
-    flying = gl.zeros((128, 16 if BM == 128 else 32), gl.bfloat16, A)
+    flying = gl.zeros((128, 16 if BM == 128 else 32), DTYPE, A)
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
         if not AHEAD:
             mbarrier.wait(w_full.index(wi), wp)
             w = _words(ws, wi, 0, FORMAT)
         w0, w1, w2, w3 = _step_words(w, FORMAT)
-        a, b, c = _operands(ss, wi, w0, FORMAT)
-        t = _pairs(w0, w1, a, b, c, FORMAT, 0)
+        a, b, c = _operands(ss, wi, w0, FORMAT, DTYPE)
+        t = _pairs(w0, w1, a, b, c, FORMAT, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 0, BM, LX)
+        block = _block(xs, xi, 0, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
-        acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1), block, 1, A)
+        acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
         fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
         thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
         mbarrier.arrive(x_empty.index(before), count=1, pred=k > 0)
-        wi, wp = _next(wi, wp, WS)
+        wi, wp = advance(wi, wp, WS)
         before = xi
-        t = _pairs(w4, w5, a, b, c, FORMAT, 0)
+        t = _pairs(w4, w5, a, b, c, FORMAT, 0, DTYPE)
         if BM == 128:
-            xi, xp = _next(xi, xp, XS)
+            xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 1, BM, LX)
+        block = _block(xs, xi, 1, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         if BM == 128:
             mbarrier.arrive(x_empty.index(before), count=1)
@@ -343,25 +313,15 @@ def _consume_unit(
         if AHEAD:
             mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
             w = _words(ws, wi, 0, FORMAT)
-        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1), block, 1, A)
-        xi, xp = _next(xi, xp, XS)
+        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
+        xi, xp = advance(xi, xp, XS)
     acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
-    # a warp stores what it has: 16 n, 32 bytes of a row
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0])
-    out = gl.convert_layout(gl.permute((acc * 2.0 ** fast_exponent()).to(gl.bfloat16), (1, 0)), OUT)
-    offs_m = gl.arange(0, BM, gl.SliceLayout(1, OUT))
-    offs_n = gl.arange(0, 128, gl.SliceLayout(0, OUT))
-    y_ptrs = y_ptr + row.to(gl.int64) * N + first_n
-    gl.store(y_ptrs + offs_m[:, None] * N + offs_n[None, :], out, mask=(offs_m < rows)[:, None])
+    if gl.bfloat16 == DTYPE:
+        acc *= 2.0 ** fast_exponent()
+    store(y_ptr, acc, row, rows, first_n, N)
     return xi, xp, wi, wp, w
-
-
-@gluon.jit
-def _uniform(v):
-    """The same value, known to the assembler to be that of the whole warp: it then uses uniform registers."""
-    return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [v], gl.int32, True, 1)
 
 
 @gluon.jit
@@ -369,8 +329,6 @@ def _consumer(
     y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    field = gl.arange(0, 4, L)
     zero = gl.program_id(0) * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
     rows = zero + 1
@@ -378,11 +336,8 @@ def _consumer(
         mbarrier.wait(w_full.index(0), 0)
     w = _words(ws, 0, 0, FORMAT)
     while rows > 0:
-        mbarrier.wait(info_full.index(i % INFOS), i // INFOS & 1)
-        info = infos.index(i % INFOS).load(L)
-        row = _uniform(gl.sum(gl.where(field == 0, info, 0), 0))
-        rows = _uniform(gl.sum(gl.where(field == 1, info, 0), 0))
-        first_n = _uniform(gl.sum(gl.where(field == 2, info, 0), 0)) * 128
+        row, rows, block_n = heard(infos, info_full, i, INFOS)
+        first_n = block_n * 128
         i += 1
         if rows > 64:
             xi, xp, wi, wp, w = _consume_unit(
@@ -412,7 +367,7 @@ def hopper_kernel(
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
     INFOS: gl.constexpr,
 ):  # fmt: skip
-    xs = gl.allocate_shared_memory(gl.bfloat16, [XS, 128, 64], x128.layout)
+    xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(gl.int32, [WS, 8, w_desc.block_shape[1], w_desc.block_shape[2]], w_desc.layout)
     ss = gl.allocate_shared_memory(gl.int32, [WS, 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -456,25 +411,21 @@ def hopper_kernel(
 def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int) -> tuple[object, ...]:
     """The kernel's arguments before its constants."""
 
-    def of(t: torch.Tensor, shape: list[int], strides: list[int], block: list[int], swizzle: int) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(block))
-        return TensorDescriptor(t, shape, strides, block, layout)
-
     bits = code_bits(w.format)
     rows, columns = {2: (16, 8), 4: (16, 16), 8: (32, 16)}[bits]  # words of a panel of 16 rows in a block
     panels, blocks = E * w.N // 16, w.K // 128
     words, groups = rows * columns * blocks, w.K // (w.group or w.K)
     return (
         y,
-        *(of(x, list(x.shape), list(x.stride()), [m, 64], 128) for m in (128, 64, 32, 16)),
-        of(
+        *(described(x, x.shape, x.stride(), [m, 64], 128) for m in (128, 64, 32, 16)),
+        described(
             w.w.view(torch.int32),
             [panels, rows * blocks, columns],
             [words, columns, 1],
             [8, rows, columns],
             4 * columns,
         ),
-        of(w.s, [2 * panels * groups, 8], [8, 1], [16, 8], 32),
+        described(w.s, [2 * panels * groups, 8], [8, 1], [16, 8], 32),
         schedule,
         E,
         max_tiles(x.shape[0], E),
@@ -497,34 +448,16 @@ def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E
 
     All lie on multiples of 16 bytes, and so do the rows of x.
     """
-    tensors = (y, x, w.w, w.s, w.z, schedule)
-    places = [t.data_ptr() for t in tensors]
-    views: list[View | int] = []
-    sizes: list[int] = []
-    for argument in arguments(y, x, w, schedule, E):
-        if isinstance(argument, TensorDescriptor):
-            views.append(View.of(argument, tensors))
-        elif isinstance(argument, torch.Tensor):
-            views.append(places.index(argument.data_ptr()))
-        else:
-            sizes.append(argument)  # type: ignore[arg-type]
-    return _LAUNCH.bind(
-        (w.facts, x.dtype, y.dtype),
-        y.device,
-        (PROGRAMS_PER_SM * processors, 1, 1),
-        tuple(sizes),
-        constants(w),
-        4,
-        f"{w.format} (N={w.N}, K={w.K})",
-        tuple(views),
-        {"maxnreg": REGISTERS},
-    )
+    return bind_views(
+        _LAUNCH, (w.facts, x.dtype, y.dtype), (y, x, w.w, w.s, w.z, schedule), arguments(y, x, w, schedule, E),
+        PROGRAMS_PER_SM * processors, constants(w), 4, REGISTERS, f"{w.format} (N={w.N}, K={w.K})",
+    )  # fmt: skip
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
     """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
 
-    bf16 activations and scales; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
+    x, y and scales in bf16 or in fp16; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
     """
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
