@@ -7,11 +7,11 @@ Memory is read in its own order, which hardware fetches ahead. What panels give 
 register, comes from transposing sums. Sums are integers, exact in any order, so the results are those of the other
 micro-kernels, bit for bit.
 
-set        one row, whose words lie in registers as in memory; with AVX-512 one of each quarter of the block: quarters
-           of their registers change places, two moves a register, so that a register holds `words` consecutive words,
-           four, of each row, and fewer sums are left to transpose. (On an EPYC with AVX2 more rows took longer.)
+set        one row, whose words lie in registers as in memory; with AVX-512 one row of each quarter of the block, read
+           like four panels: quarters of their registers change places, two moves a register, so that a register holds
+           four consecutive words of each, and fewer sums are left to transpose (with AVX2 that took longer)
 segment    the registers of a group, or one register where it holds several groups of a row
-part       rows whose sums are transposed together: a block, or with AVX2 the lanes of a register
+part       rows whose sums are transposed together: those of the block; with AVX2 as many as a register has lanes
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RowKernels:
         self._sets = micro.k.part_rows // self._set  # of a part
         self._size = max(1, micro.k.row_words // self._words)  # registers of a segment
         self._at_once = max(1, self._set // self._size)  # segments that are loaded together
-        self._near = self._set > 1  # each row of a set is fetched into the first cache: else as below
-        self._ahead = 4096 if self._near else 16384  # bytes that are fetched before they are read
+        # What is read next is fetched: whole rows later, this many bytes and at most a row more; into which cache.
+        self._near, self._ahead = (True, 3072) if self._set > 1 else (False, 16384)
 
     def _registers(self, e: Emitter, a: Any) -> Any:
         """Of a row."""
@@ -140,8 +140,8 @@ class RowKernels:
 
 
 def summed(e: Emitter, rows: list[Any], lanes: int) -> list[Any]:
-    """Sums of each `lanes` lanes, 4 or more, of registers of 32-bit integers, as many as a register has such lanes, or
-    4: for the first lanes of all registers, for those that follow, ..., a register each."""
+    """Sums of each `lanes` lanes, 4 or more, of registers of 32-bit integers: 4, or as many as a register has lanes.
+    In the order of the registers: of the first lanes of each, of those that follow, ...; whole registers."""
     count = rows[0].type.count
 
     def halves(a: Any, b: Any, unit: int, size: int) -> tuple[Any, Any]:
