@@ -18,11 +18,21 @@ pytestmark = pytest.mark.gpu
 QUANTIZED = [name for name, fmt in FORMATS.items() if fmt.quantized]
 DTYPES = (torch.bfloat16, torch.float16)
 DENSE = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
-FULL = [*((fmt, dtype) for fmt in QUANTIZED for dtype in DTYPES), *DENSE]
+FULL = [
+    *((fmt, dtype, 128) for fmt in QUANTIZED for dtype in DTYPES),
+    *((fmt, torch.bfloat16, group) for fmt in QUANTIZED for group in (64, 32)),
+    *((fmt, dtype, 128) for fmt, dtype in DENSE),
+]
 CASES = [
     *(
         Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, 128, dtype, why="all classes")
         for fmt in QUANTIZED
+        for dtype in DTYPES
+    ),
+    *(
+        Case((7, 40, 20, 129), 256, 768, fmt, group, dtype, why="a block has several scales")
+        for fmt in QUANTIZED
+        for group in (64, 32)
         for dtype in DTYPES
     ),
     *(Case((7, 40, 20, 129), 128, 512, fmt, 256, why="two blocks share a scale") for fmt in QUANTIZED),
@@ -74,8 +84,8 @@ def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
 
 
 @pytest.mark.parametrize("rows", [(128, 64), (128, 16), (128,), (300, 100, 40, 20, 5)], ids=str)
-@pytest.mark.parametrize(("fmt", "dtype"), FULL, ids=str)
-def test_bits_where_the_machine_is_full(fmt: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("fmt", "dtype", "group"), FULL, ids=str)
+def test_bits_where_the_machine_is_full(fmt: str, dtype: torch.dtype, group: int, rows: tuple[int, ...]) -> None:
     """Consumers that fall behind their producer: a slot that is freed too early shows only here."""
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
@@ -89,7 +99,7 @@ def test_bits_where_the_machine_is_full(fmt: str, dtype: torch.dtype, rows: tupl
     generator = torch.Generator(device).manual_seed(5)
     w = torch.randn(experts, n, k, dtype=dtype, device=device, generator=generator)
     x = torch.randn(total, k, dtype=dtype, device=device, generator=generator)
-    weight = prepare(quantize(w, fmt, group_size=128))
+    weight = prepare(quantize(w, fmt, group_size=group))
     expected = nan_filled(total, n, dtype=x.dtype, device=device)
     run_into(Problem.of("test", x, weight, phase="prefill"), expected, x, weight, counts)
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -49,7 +49,9 @@ def sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"weight_layout": "panels"}, "reads prepared weights only: prepare() them"),
         ({"N": 192}, "N=192 K=384 are not multiples of 128"),
         ({"K": 192}, "N=256 K=192 are not multiples of 128"),
-        ({"group_size": 64}, "group_size=64; it has kernels for K and multiples of 128"),
+        ({"group_size": 64}, None),
+        ({"group_size": 32}, None),
+        ({"group_size": 16}, "group_size=16; it has kernels for 32, 64, multiples of 128, and K"),
         ({"group_size": 384}, None),
         ({"K": 512, "group_size": 256}, None),
         ({"group_size": None, "scale_layout": "tensor"}, None),
@@ -102,7 +104,9 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"weight_layout": "public"}, "triton"),
         ({"format": FORMATS["int4_asym"]}, "hopper"),
         ({"N": 192}, "triton"),
-        (BF16, "hopper"),
+        (BF16, "triton"),
+        ({"group_size": 32}, "hopper"),
+        ({"dtype": torch.float16, "scale_dtype": torch.float16}, "hopper"),
         ({**BF16, "code_order": "columns"}, "triton"),
     ],
     ids=str,
@@ -153,8 +157,8 @@ def test_a_weight_prepared_for_one_backend_serves_the_other(sm_90: None) -> None
 
 
 def test_prepare_says_why_a_layout_of_its_own_does_not_help(sm_90: None) -> None:
-    weight = quantize(torch.randn(2, 128, 192).bfloat16(), "int4_sym", group_size=64)
-    with pytest.raises(UnsupportedError, match="hopper: group_size=64"):
+    weight = quantize(torch.randn(2, 128, 256).bfloat16(), "int4_sym", group_size=16)
+    with pytest.raises(UnsupportedError, match="hopper: group_size=16"):
         prepare(weight, "hopper")
 
 

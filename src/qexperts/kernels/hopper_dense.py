@@ -79,7 +79,7 @@ def _producer(
     AHEAD: gl.constexpr = SLOTS if NK > SLOTS else NK  # blocks that need not wait long
     BLOCKS_N: gl.constexpr = (N + BN - 1) // BN
     units = gl.load(schedule_ptr) * BLOCKS_N
-    back = (gl.program_id(0) % 4 == 0).to(gl.int32)  # of the recorded workload; half of them took 5% longer
+    back = (gl.program_id(0) % 4 == 0).to(gl.int32)  # half of them took 5% longer on the recorded workload
     unit = claim(schedule_ptr, back, units)
     e, row, rows, block_n = tile(tiles_ptr, unit, MAX_TILES, BLOCKS_N)
     zero = unit * 0

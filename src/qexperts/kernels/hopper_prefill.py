@@ -5,7 +5,8 @@ A program is one producer warp and four consumer warps. The producer takes units
 the weight go to shared memory, several blocks ahead. The consumers dequantize words in registers, as left operands of
 matrix instructions; those of one step run while the next is dequantized. Two programs share a multiprocessor.
 
-Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k.
+Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k,
+with the scales of their groups.
 Under 8 bits the first words of a block are loaded during the block before, those of a unit during the unit before: the
 producer ends with a block without words. Results have the bits of `prefill.py`.
 Glossary: rep, warp, rh, lh a row's place in a matrix operand: 64 rep + 16 warp + 8 rh + lh; b block of 64 k, q lane of
@@ -64,17 +65,20 @@ def _words_layout(bits):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _produce_unit(
     desc, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-    N: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. END - 1 of a unit."""
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
     ROWS: gl.constexpr = w_desc.block_shape[1]  # of words of a panel in a block
+    GROUPS: gl.constexpr = _groups(GROUP)
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.expect(w_full.index(wi), 32 * ROWS * w_desc.block_shape[2] + 512)
+        mbarrier.expect(w_full.index(wi), 32 * ROWS * w_desc.block_shape[2] + GROUPS * 512)
         tma_load(w_desc, [panel, k * ROWS, 0], w_full.index(wi), ws.index(wi))
-        tma_load(s_desc, [scale_row + k // BLOCKS * (N // 8), 0], w_full.index(wi), ss.index(wi))
+        for g in gl.static_range(GROUPS):
+            group = k // (GROUP // 128) if GROUPS == 1 else k * GROUPS + g
+            tma_load(s_desc, [scale_row + group * (N // 8), 0], w_full.index(wi), ss.index(wi * GROUPS + g))
         wi, wp = advance(wi, wp, WS)
         if BM == 128:
             for h in gl.static_range(2):
@@ -100,28 +104,28 @@ def _produce_unit(
 @gluon.jit
 def _produce(
     x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, panel,
-    scale_row, N: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
+    scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
     if rows > 64:
         xi, xp, wi, wp = _produce_unit(
             x128, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, BLOCKS, FIRST, END, XS, WS,
+            N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 32:
         xi, xp, wi, wp = _produce_unit(
             x64, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, BLOCKS, FIRST, END, XS, WS,
+            N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 16:
         xi, xp, wi, wp = _produce_unit(
             x32, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, BLOCKS, FIRST, END, XS, WS,
+            N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     else:
         xi, xp, wi, wp = _produce_unit(
             x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, BLOCKS, FIRST, END, XS, WS,
+            N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     return xi, xp, wi, wp
 
@@ -129,7 +133,7 @@ def _produce(
 @gluon.jit
 def _producer(
     x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty, w_full,
-    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr,
+    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     NK: gl.constexpr = K // 128
@@ -144,10 +148,10 @@ def _producer(
         announce(infos, info_full, i, row, rows, block_n, INFOS)
         i += 1
         panel = e * (N // 16) + block_n * 8
-        scale_row = e * (N // 8 * (NK // BLOCKS)) + block_n * 16
+        scale_row = e * (N // 8 * (K // GROUP)) + block_n * 16
         xi, xp, wi, wp = _produce(
             x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
-            rows, panel, scale_row, N, BLOCKS, 0, AHEAD, XS, WS,
+            rows, panel, scale_row, N, GROUP, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
         unit = claim(schedule_ptr, back, units)
@@ -155,7 +159,7 @@ def _producer(
         if AHEAD < NK:
             xi, xp, wi, wp = _produce(
                 x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
-                rows, panel, scale_row, N, BLOCKS, AHEAD, NK, XS, WS,
+                rows, panel, scale_row, N, GROUP, AHEAD, NK, XS, WS,
             )  # fmt: skip
         e, row, rows, block_n = next_e, next_row, next_rows, next_n
     if _loads_ahead(FORMAT):
@@ -206,12 +210,34 @@ def _step_words(w, FORMAT: gl.constexpr):
     return w0, w1, w2, w3
 
 
+@triton.constexpr_function
+def _groups(group):  # type: ignore[no-untyped-def]
+    """Scales of a row of a block, at least one."""
+    return max(128 // group, 1)
+
+
 @gluon.jit
-def _operands(ss, wi, w, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """Scales of a slot of the weight as operands of the dequantization of words like w [2, 4, 2, 8, 4]."""
+def _scales(ss, i, w):
+    """Scales of a group of a slot of the weight, to be broadcast to words like w [2, 4, 2, 8, 4]."""
     L: gl.constexpr = w.type.layout
-    s = gl.reshape(ss.index(wi).load(SCALES), (2, 4, 2, 8))
-    s = gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
+    s = gl.reshape(ss.index(i).load(SCALES), (2, 4, 2, 8))
+    return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
+
+
+@gluon.jit
+def _later_scales(ss, wi, w, GROUPS: gl.constexpr):
+    """Those of the second half of a slot, of its two chunks, if there are several."""
+    if GROUPS > 1:
+        first = _scales(ss, wi * GROUPS + GROUPS // 2, w)
+        second = _scales(ss, wi * GROUPS + GROUPS - 1, w)
+    else:
+        first, second = w, w  # not used
+    return first, second
+
+
+@gluon.jit
+def _operands(s, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
+    """Scales as operands of the dequantization."""
     ASM: gl.constexpr = fast_pairs_of_word(FORMAT, gl.bfloat16 == DTYPE)
     a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r", [s], (gl.int32, gl.int32, gl.int32), True, 1)
     return gl.join(a, a), gl.join(b, b), gl.join(c, c)
@@ -271,10 +297,10 @@ def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, DTYPE: gl.constexpr, LX
 @gluon.jit
 def _consume_unit(
     y_ptr, desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """w: the first words of this unit; returned: of the next one."""
-    AHEAD: gl.constexpr = _loads_ahead(FORMAT)
+    GROUPS: gl.constexpr = _groups(GROUP)
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
     DTYPE: gl.constexpr = desc.dtype
@@ -284,23 +310,28 @@ def _consume_unit(
     flying = gl.zeros((128, 16 if BM == 128 else 32), DTYPE, A)
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
-        if not AHEAD:
+        if not _loads_ahead(FORMAT):
             mbarrier.wait(w_full.index(wi), wp)
             w = _words(ws, wi, 0, FORMAT)
         w0, w1, w2, w3 = _step_words(w, FORMAT)
-        a, b, c = _operands(ss, wi, w0, FORMAT, DTYPE)
+        a, b, c = _operands(_scales(ss, wi * GROUPS, w0), FORMAT, DTYPE)
         t = _pairs(w0, w1, a, b, c, FORMAT, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
         block = _block(xs, xi, 0, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
+        if GROUPS == 4:
+            a, b, c = _operands(_scales(ss, wi * 4 + 1, w0), FORMAT, DTYPE)
         acc, flying = _multiply(acc, flying, _pairs(w2, w3, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
+        s2, s3 = _later_scales(ss, wi, w0, GROUPS)
         fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
         thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
         mbarrier.arrive(x_empty.index(before), count=1, pred=k > 0)
         wi, wp = advance(wi, wp, WS)
         before = xi
+        if GROUPS > 1:
+            a, b, c = _operands(s2, FORMAT, DTYPE)
         t = _pairs(w4, w5, a, b, c, FORMAT, 0, DTYPE)
         if BM == 128:
             xi, xp = advance(xi, xp, XS)
@@ -310,9 +341,11 @@ def _consume_unit(
         if BM == 128:
             mbarrier.arrive(x_empty.index(before), count=1)
             before = xi
-        if AHEAD:
+        if _loads_ahead(FORMAT):
             mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
             w = _words(ws, wi, 0, FORMAT)
+        if GROUPS == 4:
+            a, b, c = _operands(s3, FORMAT, DTYPE)
         acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
         xi, xp = advance(xi, xp, XS)
     acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
@@ -327,7 +360,8 @@ def _consume_unit(
 @gluon.jit
 def _consumer(
     y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    INFOS: gl.constexpr,
 ):  # fmt: skip
     zero = gl.program_id(0) * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
@@ -342,34 +376,34 @@ def _consumer(
         if rows > 64:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, x128, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, XS, WS,
+                first_n, N, K, FORMAT, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 32:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, x64, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, XS, WS,
+                first_n, N, K, FORMAT, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 16:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, x32, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, XS, WS,
+                first_n, N, K, FORMAT, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 0:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, x16, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, XS, WS,
+                first_n, N, K, FORMAT, GROUP, XS, WS,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["E", "MAX_TILES"])
 def hopper_kernel(
     y_ptr, x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, E, MAX_TILES,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
     INFOS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(gl.int32, [WS, 8, w_desc.block_shape[1], w_desc.block_shape[2]], w_desc.layout)
-    ss = gl.allocate_shared_memory(gl.int32, [WS, 16, 8], s_desc.layout)
+    ss = gl.allocate_shared_memory(gl.int32, [WS * _groups(GROUP), 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
@@ -392,14 +426,14 @@ def hopper_kernel(
                 _consumer,
                 (
                     y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
-                    N, K, FORMAT, XS, WS, INFOS,
+                    N, K, FORMAT, GROUP, XS, WS, INFOS,
                 ),
             ),
             (
                 _producer,
                 (
                     x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full,
-                    x_empty, w_full, w_empty, info_full, N, K, FORMAT, BLOCKS, XS, WS, INFOS,
+                    x_empty, w_full, w_empty, info_full, N, K, FORMAT, GROUP, XS, WS, INFOS,
                 ),
             ),
         ],
@@ -433,10 +467,12 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
 
 
 def constants(w: Operand) -> dict[str, object]:
-    x_slots, w_slots = SLOTS[code_bits(w.format)]
-    blocks = (w.group or w.K) // 128  # that share a scale
+    bits, group = code_bits(w.format), w.group or w.K
+    x_slots, w_slots = SLOTS[bits]
+    if bits == 2 and group < 128:  # room for the scales
+        x_slots -= 1
     return {
-        "N": w.N, "K": w.K, "FORMAT": w.format, "BLOCKS": blocks, "XS": x_slots, "WS": w_slots, "INFOS": INFOS
+        "N": w.N, "K": w.K, "FORMAT": w.format, "GROUP": group, "XS": x_slots, "WS": w_slots, "INFOS": INFOS
     }  # fmt: skip
 
 
@@ -457,7 +493,8 @@ def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
     """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
 
-    x, y and scales in bf16 or in fp16; w in a "tiles" layout; N, K and the group size (or K) are multiples of 128.
+    x, y and scales in bf16 or in fp16; w in a "tiles" layout; N and K are multiples of 128; groups of K, multiples of
+    128, 64 or 32.
     """
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
