@@ -261,9 +261,9 @@ def test_formats_doctor_and_help() -> None:
     assert done.returncode == 0, done.stderr
     for text in (
         "AMD GPU", "Intel GPU", "never run", "Ceilings", "torch", "int4_asym", "fp16 weights need fp16", "triton",
-        "runs on GPUs", "Peers: humming-kernels", "auto-round-lib", "llama-cpp-python",
+        "runs on GPUs", "Peers: humming-kernels", "auto-round-lib", "llama-cpp-python", "Profiles: ",
     ):  # fmt: skip
         assert text in done.stdout
-    for arguments in ([], ["bench"], ["--help"], ["bench", "prefill", "--help"]):
+    for arguments in ([], ["bench"], ["--help"], ["bench", "prefill", "--help"], ["tune", "--help"]):
         done = qexperts(*arguments)
         assert done.returncode == 0 and "Usage" in done.stdout

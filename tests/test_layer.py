@@ -274,7 +274,7 @@ def test_backend_and_phase_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> Non
     y = module(*call)
     fused_experts(call[0], *layer_for("int4_sym"), *call[1:])
     assert torch.equal(module(*call, phase="decode", decode_threshold=7), y)
-    expected = [("torch", "auto", 4), ("auto", "auto", 4), ("torch", "decode", 7)]
+    expected = [("torch", "auto", None), ("auto", "auto", None), ("torch", "decode", 7)]
     assert seen == [how for how in expected for _ in range(2)]  # both multiplications
     for phase, threshold, text in (("decoding", 4, "phase is 'decoding'"), ("auto", -1, "decode_threshold is -1")):
         with pytest.raises(ValueError, match=f"grouped_gemm: {text}"):
