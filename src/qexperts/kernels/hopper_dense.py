@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..plan import max_tiles
 from .gluon_compat import reinterpret, tma_load
-from .hopper_work import INFOS, advance, announce, claim, described, heard, store, tile
+from .hopper_work import INFOS, advance, announce, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -102,6 +102,20 @@ def _producer(
 
 
 @gluon.jit
+def _store(y_ptr, acc, row, rows, first_n, N: gl.constexpr):
+    """acc: [n, m], of warps above each other; a warp stores what it has: 16 n, 32 bytes of a row."""
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, gl.num_warps()], [1, 0])
+    out = gl.convert_layout(gl.permute(acc.to(y_ptr.dtype.element_ty), (1, 0)), OUT)
+    offs_m = gl.arange(0, out.shape[0], gl.SliceLayout(1, OUT))
+    offs_n = gl.arange(0, out.shape[1], gl.SliceLayout(0, OUT))
+    y_ptrs = y_ptr + row.to(gl.int64) * N + first_n
+    mask = (offs_m < rows)[:, None]
+    if N % out.shape[1]:
+        mask = mask & (offs_n < N - first_n)[None, :]
+    gl.store(y_ptrs + offs_m[:, None] * N + offs_n[None, :], out, mask=mask)
+
+
+@gluon.jit
 def _consume(
     y_ptr, desc, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n,
     N: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
@@ -125,7 +139,7 @@ def _consume(
         i, phase = advance(i, phase, SLOTS)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(before), count=1)
-    store(y_ptr, acc, row, rows, first_n, N)
+    _store(y_ptr, acc, row, rows, first_n, N)
     return i, phase
 
 

@@ -9,8 +9,12 @@ Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slo
 with the scales of their groups.
 Under 8 bits the first words of a block are loaded during the block before, those of a unit during the unit before: the
 producer ends with a block without words. Results have the bits of `prefill.py`.
-Glossary: rep, warp, rh, lh a row's place in a matrix operand: 64 rep + 16 warp + 8 rh + lh; b block of 64 k, q lane of
-a fragment, J words of a lane; s, h, p of a code as in `dequant.py`; chunk 32 k.
+
+Of 128 rows of the weight, row 32 warp + 16 lh1 + 8 lh2 + 4 lh0 + 2 rep + rh is row 64 rep + 16 warp + 8 rh + lh of the
+operand. So the results that a thread has of a row of x are neighbours and are stored as they are, its scales are one
+load, and the copy engine can put rows that differ in rep and rh far apart: lanes then read words from other banks.
+Glossary: rep, warp, rh, lh (lh0, lh1, lh2 its bits) as above; m row of x, n of the weight; b block of 64 k, q lane of a
+fragment, J words of a lane; s, h, p of a code as in `dequant.py`; chunk 32 k.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..plan import max_tiles
 from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
-from .hopper_work import INFOS, advance, announce, claim, described, heard, store, tile
+from .hopper_work import INFOS, advance, announce, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -40,26 +44,36 @@ REGISTERS = 128  # of a thread at the start; the producer's go to the consumers,
 PROGRAMS_PER_SM = 2
 SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
 
-# scales of a block, [(rep, warp, rh), lh]
+# scales of a block, [(warp, lh1, lh2), (lh0, rep, rh)]
 SCALES = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[1, 0], [8, 0]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[2, 0], [4, 0]], [], [16, 8]
+        [[0, 1], [0, 2]], [[0, 0], [0, 0], [0, 4], [2, 0], [1, 0]], [[4, 0], [8, 0]], [], [16, 8]
     )
 )
 
 
 @triton.constexpr_function
 def _words_layout(bits):  # type: ignore[no-untyped-def]
-    """Words of a block, [panel, row, word] = [(rep, warp), (rh, lh), (b, q, J)]; 8 bits: [.., (b, rh, lh), (q, J)]."""
-    lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    warps, row, rep = [[1, 0, 0], [2, 0, 0]], [0, 8, 0], [4, 0, 0]
+    """Words of a block, [(rep, rh), 1, (warp, lh1), (lh2, lh0), (b, q, J)]; 8 bits: [.., b, .., .., (q, J)]."""
     if bits == 8:
-        registers, q, shape = [[0, 0, 1], [0, 0, 2], [0, 16, 0], row, rep], [[0, 0, 4], [0, 0, 8]], [8, 32, 16]
+        registers, q, shape = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 1, 0, 0, 0]], 4, [4, 2, 8, 4, 16]
     elif bits == 4:
-        registers, q, shape = [[0, 0, 1], [0, 0, 8], row, rep], [[0, 0, 2], [0, 0, 4]], [8, 16, 16]
+        registers, q, shape = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 8]], 2, [4, 1, 8, 4, 16]
     else:
-        registers, q, shape = [[0, 0, 4], row, rep], [[0, 0, 1], [0, 0, 2]], [8, 16, 8]
-    return gl.DistributedLinearLayout(registers, q + lanes, warps, [], shape)
+        registers, q, shape = [[0, 0, 0, 0, 4]], 1, [4, 1, 8, 4, 8]
+    lanes = [[0, 0, 0, 0, q], [0, 0, 0, 0, 2 * q], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 2, 0]]
+    warps = [[0, 0, 2, 0, 0], [0, 0, 4, 0, 0]]
+    return gl.DistributedLinearLayout([*registers, [1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], lanes, warps, [], shape)
+
+
+@triton.constexpr_function
+def _result_layout(rows):  # type: ignore[no-untyped-def]
+    """The sums as threads have them, [(m / 8, m % 2), (m / 2 % 4, n)]: the first in registers alone."""
+    registers = [[m, 0] for m in (1, 2, 4, 8, 16) if m < rows // 4]
+    lanes = [[0, 128], [0, 256], [0, 4], [0, 16], [0, 8]]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], *registers], lanes, [[0, 32], [0, 64]], [], [rows // 4, 512]
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -70,12 +84,12 @@ def _produce_unit(
     """Blocks FIRST .. END - 1 of a unit."""
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
-    ROWS: gl.constexpr = w_desc.block_shape[1]  # of words of a panel in a block
+    HALVES: gl.constexpr = w_desc.block_shape[1]  # of a block: places of a row's words
     GROUPS: gl.constexpr = _groups(GROUP)
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.expect(w_full.index(wi), 32 * ROWS * w_desc.block_shape[2] + GROUPS * 512)
-        tma_load(w_desc, [panel, k * ROWS, 0], w_full.index(wi), ws.index(wi))
+        mbarrier.expect(w_full.index(wi), 512 * (HALVES * w_desc.block_shape[4] + GROUPS))
+        tma_load(w_desc, [0, k * HALVES, panel, 0, 0], w_full.index(wi), ws.index(wi))
         for g in gl.static_range(GROUPS):
             group = k // (GROUP // 128) if GROUPS == 1 else k * GROUPS + g
             tma_load(s_desc, [scale_row + group * (N // 8), 0], w_full.index(wi), ss.index(wi * GROUPS + g))
@@ -181,11 +195,14 @@ def _words(ws, wi, HALF: gl.constexpr, FORMAT: gl.constexpr):
     LAYOUT: gl.constexpr = _words_layout(BITS)
     w = ws.index(wi).load(LAYOUT)
     if BITS == 8:
-        w = gl.permute(gl.reshape(w, (2, 4, 2, 2, 8, 4, 4)), (0, 1, 3, 4, 5, 6, 2))
+        w = gl.permute(gl.reshape(w, (2, 2, 2, 4, 2, 2, 2, 4, 4)), (0, 3, 1, 5, 4, 6, 7, 8, 2))
+        w = gl.reshape(w, (2, 4, 2, 8, 4, 4, 2))
     elif BITS == 4:
-        w = gl.permute(gl.reshape(w, (2, 4, 2, 8, 2, 4, 2)), (0, 1, 2, 3, 5, 6, 4))
+        w = gl.permute(gl.reshape(w, (2, 2, 4, 2, 2, 2, 2, 4, 2)), (0, 2, 1, 4, 3, 5, 7, 8, 6))
+        w = gl.reshape(w, (2, 4, 2, 8, 4, 2, 2))
     else:
-        w = gl.permute(gl.reshape(w, (2, 4, 2, 8, 2, 4)), (0, 1, 2, 3, 5, 4))
+        w = gl.permute(gl.reshape(w, (2, 2, 4, 2, 2, 2, 2, 4)), (0, 2, 1, 4, 3, 5, 7, 6))
+        w = gl.reshape(w, (2, 4, 2, 8, 4, 2))
     first, second = gl.split(w)
     if HALF == 0:
         w = first
@@ -220,7 +237,8 @@ def _groups(group):  # type: ignore[no-untyped-def]
 def _scales(ss, i, w):
     """Scales of a group of a slot of the weight, to be broadcast to words like w [2, 4, 2, 8, 4]."""
     L: gl.constexpr = w.type.layout
-    s = gl.reshape(ss.index(i).load(SCALES), (2, 4, 2, 8))
+    s = gl.permute(gl.reshape(ss.index(i).load(SCALES), (4, 2, 2, 2, 2, 2)), (4, 0, 5, 2, 1, 3))
+    s = gl.reshape(s, (2, 4, 2, 8))
     return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
 
 
@@ -295,6 +313,21 @@ def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, DTYPE: gl.constexpr, LX
 
 
 @gluon.jit
+def _store(y_ptr, acc, row, rows, first_n, N: gl.constexpr):
+    """A thread's four sums of a row of x lie side by side, and a warp's are 64 bytes."""
+    BM: gl.constexpr = acc.shape[1]
+    OUT: gl.constexpr = _result_layout(BM)
+    out = gl.reshape(acc.to(y_ptr.dtype.element_ty), (2, 4, 2, 2, 2, 2, BM // 8, 4, 2))
+    out = gl.reshape(gl.permute(out, (6, 8, 7, 1, 4, 3, 5, 0, 2)), (BM // 4, 512))
+    i = gl.arange(0, BM // 4, gl.SliceLayout(1, OUT))
+    j = gl.arange(0, 512, gl.SliceLayout(0, OUT))
+    i, m = i // 2 * 8 + i % 2, j // 128 * 2  # the row is their sum: i is known to the compiler, and an address is one
+    y_ptrs = y_ptr + row.to(gl.int64) * N + first_n + (m * N + j % 128)
+    mask = i[:, None] < (rows - m)[None, :]
+    gl.store(y_ptrs[None, :] + i[:, None] * N, gl.convert_layout(out, OUT), mask=mask)
+
+
+@gluon.jit
 def _consume_unit(
     y_ptr, desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
@@ -353,7 +386,7 @@ def _consume_unit(
     mbarrier.arrive(x_empty.index(before), count=1)
     if gl.bfloat16 == DTYPE:
         acc *= 2.0 ** fast_exponent()
-    store(y_ptr, acc, row, rows, first_n, N)
+    _store(y_ptr, acc, row, rows, first_n, N)
     return xi, xp, wi, wp, w
 
 
@@ -402,7 +435,7 @@ def hopper_kernel(
     INFOS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
-    ws = gl.allocate_shared_memory(gl.int32, [WS, 8, w_desc.block_shape[1], w_desc.block_shape[2]], w_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int32, [WS, 4, w_desc.block_shape[1], 8, 4, w_desc.block_shape[4]], w_desc.layout)
     ss = gl.allocate_shared_memory(gl.int32, [WS * _groups(GROUP), 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
@@ -446,17 +479,19 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
     """The kernel's arguments before its constants."""
 
     bits = code_bits(w.format)
-    rows, columns = {2: (16, 8), 4: (16, 16), 8: (32, 16)}[bits]  # words of a panel of 16 rows in a block
+    halves, columns = {2: (1, 8), 4: (1, 16), 8: (2, 16)}[
+        bits
+    ]  # a row's words in a block: in so many places, so many each
     panels, blocks = E * w.N // 16, w.K // 128
-    words, groups = rows * columns * blocks, w.K // (w.group or w.K)
+    words, groups = 16 * columns * halves * blocks, w.K // (w.group or w.K)
     return (
         y,
         *(described(x, x.shape, x.stride(), [m, 64], 128) for m in (128, 64, 32, 16)),
         described(
             w.w.view(torch.int32),
-            [panels, rows * blocks, columns],
-            [words, columns, 1],
-            [8, rows, columns],
+            [4, halves * blocks, panels, 4, columns],
+            [columns, 16 * columns, words, 4 * columns, 1],
+            [4, halves, 8, 4, columns],
             4 * columns,
         ),
         described(w.s, [2 * panels * groups, 8], [8, 1], [16, 8], 32),

@@ -1,5 +1,5 @@
 """What the prefills in Gluon share: units of work, a tile of the schedule times rows of the weight, that the producer
-of a persistent program claims and tells its consumers; what those store; the launch."""
+of a persistent program claims and tells its consumers; the launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launcher import Launch, Launcher, View
 
-__all__ = ["INFOS", "advance", "announce", "bind", "claim", "described", "heard", "store", "tile"]
+__all__ = ["INFOS", "advance", "announce", "bind", "claim", "described", "heard", "tile"]
 
 INFOS = 4  # more than the units that the producer may be ahead
 
@@ -69,20 +69,6 @@ def heard(infos, info_full, i, INFOS: gl.constexpr):
     row = _uniform(gl.sum(gl.where(field == 0, info, 0), 0))
     rows = _uniform(gl.sum(gl.where(field == 1, info, 0), 0))
     return row, rows, _uniform(gl.sum(gl.where(field == 2, info, 0), 0))
-
-
-@gluon.jit
-def store(y_ptr, acc, row, rows, first_n, N: gl.constexpr):
-    """acc: [n, m], of warps above each other; a warp stores what it has: 16 n, 32 bytes of a row."""
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, gl.num_warps()], [1, 0])
-    out = gl.convert_layout(gl.permute(acc.to(y_ptr.dtype.element_ty), (1, 0)), OUT)
-    offs_m = gl.arange(0, out.shape[0], gl.SliceLayout(1, OUT))
-    offs_n = gl.arange(0, out.shape[1], gl.SliceLayout(0, OUT))
-    y_ptrs = y_ptr + row.to(gl.int64) * N + first_n
-    mask = (offs_m < rows)[:, None]
-    if N % out.shape[1]:
-        mask = mask & (offs_n < N - first_n)[None, :]
-    gl.store(y_ptrs + offs_m[:, None] * N + offs_n[None, :], out, mask=mask)
 
 
 def described(
