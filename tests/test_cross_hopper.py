@@ -66,4 +66,5 @@ def test_compiles_for_sm_90(fmt: str, dtype: str, group: int | None, k: int) -> 
     multiplications, waits = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"WARPGROUP\.DEPBAR", sass))
     assert multiplications and waits < multiplications, f"a wait behind each of {multiplications} HGMMA"
     assert not overwritten(sass)
+    assert not re.search(r"\b(STL|LDL)\b", sass), "registers of the loops are spilled"
     assert module.PROGRAMS_PER_SM * (kernel.metadata.shared + 1024) <= SHARED

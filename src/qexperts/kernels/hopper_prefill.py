@@ -7,8 +7,8 @@ matrix instructions; those of one step run while the next is dequantized. Two pr
 
 Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k,
 with the scales of their groups.
-Under 8 bits the first words of a block are loaded during the block before, those of a unit during the unit before: the
-producer ends with a block without words. Results have the bits of `prefill.py`.
+The first words of a block are loaded during the block before, those of a unit during the unit before: the producer ends
+with a block without words. Results have the bits of `prefill.py`.
 
 Of 128 rows of the weight, row 32 warp + 16 lh1 + 8 lh2 + 4 lh0 + 2 rep + rh is row 64 rep + 16 warp + 8 rh + lh of the
 operand. So the results that a thread has of a row of x are neighbours and are stored as they are, its scales are one
@@ -176,16 +176,9 @@ def _producer(
                 rows, panel, scale_row, N, GROUP, AHEAD, NK, XS, WS,
             )  # fmt: skip
         e, row, rows, block_n = next_e, next_row, next_rows, next_n
-    if _loads_ahead(FORMAT):
-        mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.arrive(w_full.index(wi), count=1)
+    mbarrier.wait(w_empty.index(wi), wp ^ 1)
+    mbarrier.arrive(w_full.index(wi), count=1)
     announce(infos, info_full, i, zero, zero, zero, INFOS)
-
-
-@triton.constexpr_function
-def _loads_ahead(fmt):  # type: ignore[no-untyped-def]
-    """Whether consumers have registers for the first words of the next block."""
-    return code_bits(fmt) < 8
 
 
 @gluon.jit
@@ -282,21 +275,27 @@ def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr, DTYPE: gl.c
 
 @gluon.jit
 def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
-    """acc + a chunk of the weight @ that of a block of x [BM, 64]; acc, and the operand that may still be read: until
-    then the compiler must not write over its registers."""
+    """acc + a chunk of 128 k of the weight @ that of its half of a block of x [BM, 64]; acc, and the operand that may
+    still be read: until then the compiler must not write over its registers."""
+    K0: gl.constexpr = 32 * (CHUNK % 2)
     if flying.shape[1] == 32:
         operand = gl.reshape(gl.permute(t, (0, 1, 2, 3, 6, 7, 4, 5)), (128, 32))
         operand = gl.convert_layout(operand, A, assert_trivial=True)
-        acc = warpgroup_mma(operand, block.slice(32 * CHUNK, 32, 1).permute((1, 0)), acc, is_async=True)
-        acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
+        acc = warpgroup_mma(operand, block.slice(K0, 32, 1).permute((1, 0)), acc, is_async=True)
+        if CHUNK == 0:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        elif CHUNK < 3:
+            acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
+        else:  # registers of one that flies from round to round are taken from the loops of all classes
+            acc, flying, operand = warpgroup_mma_wait(0, deps=(acc, flying, operand))
         flying = operand
-    else:  # registers are scarce
+    else:  # two operands of 32 k would take more registers than there are beside the sums
         first, second = gl.split(gl.permute(t, (0, 1, 2, 3, 7, 4, 5, 6)))
         first = gl.convert_layout(gl.reshape(first, (128, 16)), A, assert_trivial=True)
         second = gl.convert_layout(gl.reshape(second, (128, 16)), A, assert_trivial=True)
-        acc = warpgroup_mma(first, block.slice(32 * CHUNK, 16, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(first, block.slice(K0, 16, 1).permute((1, 0)), acc, is_async=True)
         acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
-        acc = warpgroup_mma(second, block.slice(32 * CHUNK + 16, 16, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(second, block.slice(K0 + 16, 16, 1).permute((1, 0)), acc, is_async=True)
         acc, first = warpgroup_mma_wait(1, deps=(acc, first))
         flying = second
     return acc, flying
@@ -343,9 +342,6 @@ def _consume_unit(
     flying = gl.zeros((128, 16 if BM == 128 else 32), DTYPE, A)
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
-        if not _loads_ahead(FORMAT):
-            mbarrier.wait(w_full.index(wi), wp)
-            w = _words(ws, wi, 0, FORMAT)
         w0, w1, w2, w3 = _step_words(w, FORMAT)
         a, b, c = _operands(_scales(ss, wi * GROUPS, w0), FORMAT, DTYPE)
         t = _pairs(w0, w1, a, b, c, FORMAT, 0, DTYPE)
@@ -370,18 +366,18 @@ def _consume_unit(
             xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
         block = _block(xs, xi, 1, BM, DTYPE, LX)
-        acc, flying = _multiply(acc, flying, t, block, 0, A)
+        acc, flying = _multiply(acc, flying, t, block, 2, A)
         if BM == 128:
             mbarrier.arrive(x_empty.index(before), count=1)
             before = xi
-        if _loads_ahead(FORMAT):
-            mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
-            w = _words(ws, wi, 0, FORMAT)
+        mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
+        w = _words(ws, wi, 0, FORMAT)
         if GROUPS == 4:
             a, b, c = _operands(s3, FORMAT, DTYPE)
-        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), block, 1, A)
+        acc, flying = _multiply(acc, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), block, 3, A)
         xi, xp = advance(xi, xp, XS)
-    acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
+    if BM == 128:
+        acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
     if gl.bfloat16 == DTYPE:
@@ -399,8 +395,7 @@ def _consumer(
     zero = gl.program_id(0) * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
     rows = zero + 1
-    if _loads_ahead(FORMAT):
-        mbarrier.wait(w_full.index(0), 0)
+    mbarrier.wait(w_full.index(0), 0)
     w = _words(ws, 0, 0, FORMAT)
     while rows > 0:
         row, rows, block_n = heard(infos, info_full, i, INFOS)
