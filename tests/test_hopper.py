@@ -105,7 +105,7 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"format": FORMATS["int4_asym"]}, "hopper"),
         ({"N": 192}, "triton"),
         (BF16, "triton"),
-        ({"group_size": 32}, "hopper"),
+        ({"group_size": 32}, "triton"),
         ({"dtype": torch.float16, "scale_dtype": torch.float16}, "hopper"),
         ({**BF16, "code_order": "columns"}, "triton"),
     ],
