@@ -91,7 +91,9 @@ def test_a_crossover_chooses_the_kernel_of_calls_that_do_not(
     expected = {0: by_phase["prefill"], 64: by_phase["decode"], 4: rules[4], 8: rules[8]}
     for n, y in expected.items():
         case = config.case_of(backend, "auto", operand(weight), t.x.dtype, 4, 16)
-        tuning.write(path, key, [tuning.Entry(case, {"decode_threshold": n} if n != 4 else {})])
+        tuning.write(
+            path, key, [tuning.Entry(case, repr(triton_backend.Crossover()), {"decode_threshold": n} if n != 4 else {})]
+        )
         tuning.forget()
         monkeypatch.setattr(triton_backend, "_BOUND", {})
         monkeypatch.setattr(qexperts.ops, "_BOUND", {})

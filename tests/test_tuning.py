@@ -32,8 +32,8 @@ GPU = torch.device("cuda", 0)
 KEY = ("some GPU", "triton 3.6")
 CASE = Case("triton", "prefill", "int4_sym", "bf16", "bf16", "tiles128", 128, 256, 384, 8, 64)
 RULES = PrefillConfig(128, 128, 3)
-ENTRY = {**dataclasses.asdict(CASE), "config": {"stages": 4}, "ms": 0.5}
-TABLE = {"kind": "tuned", "schema": 1, "device": KEY[0], "software": KEY[1], "entries": [ENTRY]}
+ENTRY = {**dataclasses.asdict(CASE), "rules": repr(RULES), "config": {"stages": 4}, "ms": 0.5}
+TABLE = {"kind": "tuned", "schema": 2, "device": KEY[0], "software": KEY[1], "entries": [ENTRY]}
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
     yield tmp_path / "own" / "tuned"
     tuning.forget()
+
+
+def entry(case: Case, rules: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return {**dataclasses.asdict(case), "rules": repr(rules), "config": config}
 
 
 def put(directory: Path, table: Any) -> Path:
@@ -69,6 +73,12 @@ def test_the_users_table_is_used_over_the_shipped_one(own: Path, tmp_path: Path)
     assert lookup(GPU, dataclasses.replace(CASE, n=512)) is None
 
 
+def test_an_entry_says_nothing_of_other_rules_than_it_was_measured_beside(own: Path) -> None:
+    put(own, TABLE)
+    other = dataclasses.replace(RULES, block_k=64)
+    assert tuned(RULES, CASE, GPU).stages == 4 and tuned(other, CASE, GPU) is other
+
+
 def test_the_table_that_is_named_is_used_over_all(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(own, {**TABLE, "entries": [{**ENTRY, "config": {}}]})
     monkeypatch.setenv(tuning.GIVEN, str(tmp_path / "nowhere.json"))
@@ -83,7 +93,7 @@ def test_the_table_that_is_named_is_used_over_all(own: Path, tmp_path: Path, mon
     [
         ("device", "another", "is for another with triton 3.6, this is some GPU with triton 3.6"),
         ("software", "another", "is for some GPU with another, this is some GPU with triton 3.6"),
-        ("schema", 2, "is of schema 2, this is 1; run qexperts tune again"),
+        ("schema", 1, "is of schema 1, this is 2; run qexperts tune again"),
     ],
 )
 def test_tables_for_something_else_are_not_used_and_say_why(name: str, value: object, said: str, own: Path) -> None:
@@ -119,6 +129,7 @@ def test_explain_says_which_table_is_used(own: Path) -> None:
         ({**TABLE, "entries": [{**ENTRY, "n": "256"}]}, "entry 1: n is '256'; expected an integer"),
         ({**TABLE, "entries": [{**ENTRY, "rows": True}]}, "entry 1: rows is True; expected an integer"),
         ({**TABLE, "entries": [{k: v for k, v in ENTRY.items() if k != "k"}]}, "entry 1: k is None"),
+        ({**TABLE, "entries": [{**ENTRY, "rules": None}]}, "entry 1: rules is None; expected a string"),
         ({**TABLE, "entries": [{**ENTRY, "config": [4]}]}, r"entry 1: config is \[4\]; expected an object"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -153,7 +164,7 @@ def test_an_entry_may_name_nothing_else_than_what_leaves_bits_as_they_are(
 
 def test_parts_of_k_belong_to_the_rules() -> None:
     with pytest.raises(ValueError, match="names parts; expected only"):
-        with_entry(DecodeConfig(128, 128, 3), Entry(CASE, {"parts": 2}, source="here"))
+        with_entry(DecodeConfig(128, 128, 3), Entry(CASE, "", {"parts": 2}, source="here"))
 
 
 def test_shipped_tables_are_right() -> None:
@@ -167,7 +178,7 @@ def test_shipped_tables_are_right() -> None:
 def test_what_is_written_is_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tuning.own_path(GPU)
     assert path is not None and path.parent == own and path.name == "some-GPU-triton-3.6.json"
-    entries = [Entry(CASE, {"warps": 8}, {"ms": 0.25}), Entry(dataclasses.replace(CASE, phase="decode"), {})]
+    entries = [Entry(CASE, "a", {"warps": 8}, {"ms": 0.25}), Entry(dataclasses.replace(CASE, phase="decode"), "b", {})]
     write(path, KEY, entries)
     assert [dataclasses.replace(e, source="") for e in read(path, KEY).entries] == entries
     assert read(path, ("some GPU", "triton 3.9")).entries == ()
@@ -198,7 +209,7 @@ def test_tables_are_looked_up_when_a_call_is_bound(own: Path, monkeypatch: pytes
     i = make_inputs(Shape((3, 2), 64, 128, "int4_sym", 32))
     case = case_of("triton", "prefill", operand(i.weight), i.x.dtype, 2, 5)
     rules = triton_backend.rules_of("prefill", operand(i.weight), i.x, i.x.device, 2)
-    put(own, {**TABLE, "entries": [{**dataclasses.asdict(case), "config": {"warps": 8}}]})
+    put(own, {**TABLE, "entries": [entry(case, rules, {"warps": 8})]})
     assert triton_backend.config_of(i.weight, i.x, "prefill") == dataclasses.replace(rules, warps=8)
     asked: list[Case] = []
     monkeypatch.setattr(tuning, "lookup", lambda device, case: asked.append(case))
@@ -225,7 +236,7 @@ def test_the_crossover_is_that_of_the_table_unless_the_call_says_so(
         tuning.forget()
         config = {} if table is None else {"decode_threshold": table}
         case = case_of(name, "auto", w, i.x.dtype, 2, 8)
-        put(own, {**TABLE, "entries": [{**dataclasses.asdict(case), "config": config}]})
+        put(own, {**TABLE, "entries": [entry(case, Crossover(), config)]})
         problem = Problem.of("test", i.x, i.weight, phase=phase, decode_threshold=threshold)
         triton_backend.BoundCall(problem, w, module.PREFILL)._plan(torch.empty(8, 64), i.x, i.counts)
         return [*made]
@@ -243,7 +254,7 @@ def test_the_crossover_is_that_of_the_table_unless_the_call_says_so(
 
 def test_a_threshold_in_a_table_is_one_that_is_tried(own: Path) -> None:
     with pytest.raises(ValueError, match="here: decode_threshold is 5; expected one of 0, 1, 2, 4"):
-        with_entry(Crossover(), Entry(CASE, {"decode_threshold": 5}, source="here"))
+        with_entry(Crossover(), Entry(CASE, "", {"decode_threshold": 5}, source="here"))
 
 
 # ---- strategies of the torch backend
@@ -269,10 +280,10 @@ def test_a_strategy_from_a_table_runs_with_the_same_bits(
     expected = run("auto")
     assert ran == ["per_expert"]
     case = torch_backend.case_of(Problem.of("test", i.x, i.weight))
-    put(own, {**TABLE, "entries": [{**dataclasses.asdict(case), "config": {"strategy": "grouped"}}]})
+    put(own, {**TABLE, "entries": [entry(case, torch_backend.CpuWay(), {"strategy": "grouped"})]})
     for phase in ("auto", "decode", "prefill"):
         assert torch.equal(run(phase), expected) and ran == ["grouped"]
-    put(own, {**TABLE, "entries": [{**dataclasses.asdict(case), "config": {"strategy": "full_pad"}}]})
+    put(own, {**TABLE, "entries": [entry(case, torch_backend.CpuWay(), {"strategy": "full_pad"})]})
     with pytest.raises(ValueError, match="strategy is 'full_pad'; expected one of 'per_expert', 'grouped'"):
         run("auto")
 

@@ -10,11 +10,15 @@ __all__ = ["cache_directory", "replace"]
 
 
 def cache_directory() -> Path:
-    """$QEXPERTS_CACHE_DIR, or qexperts in the user's cache directory."""
+    """$QEXPERTS_CACHE_DIR, or qexperts in the user's cache directory; where nothing can be if there is none."""
     given = os.environ.get("QEXPERTS_CACHE_DIR")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexperts"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user id without a home
+        cache = Path(os.devnull)
+    return cache / "qexperts"
 
 
 def replace(path: str | os.PathLike[str], content: bytes) -> None:

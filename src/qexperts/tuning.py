@@ -2,13 +2,15 @@
 
 A table is a JSON object; there is one for a device and a release of what compiles or multiplies there:
 
-    {"kind": "tuned", "schema": 1, "device": "NVIDIA H100 80GB HBM3", "software": "triton 3.6",
+    {"kind": "tuned", "schema": 2, "device": "NVIDIA H100 80GB HBM3", "software": "triton 3.6",
      "entries": [{"backend": "triton", "phase": "decode", "format": "int4_sym", "dtype": "bf16", "scale": "bf16",
                   "layout": "tiles128", "group": 128, "n": 3072, "k": 1536, "experts": 192, "rows": 64,
-                  "config": {"warps": 8}, ...}]}
+                  "rules": "DecodeConfig(block_n=128, ...)", "config": {"warps": 8}, ...}]}
 
 An entry is for a `Case`; `config` names what differs from the rules of a backend (nothing: they were the fastest), of
-which only what is FREE there may be named. What else an entry has, the times that it rests on, is for readers.
+which only what is FREE there may be named. It says nothing where the rules choose something else than `rules`: for
+other numbers of rows of the same bucket, or since they were changed. What else an entry has, the times that it rests
+on, is for readers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = [
     "key_of", "lookup", "neighbours", "own_path", "profiles", "read", "tuned", "used", "with_entry", "write",
 ]  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2
 PHASES = ("prefill", "decode", "auto")
 BACKENDS = ("hopper", "triton", "torch")  # those that something is tuned of
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -92,12 +94,14 @@ class Entry:
     """What was measured for a case.
 
     Attributes:
+        rules: what the rules chose, as it prints.
         config: fields of a `Choice`, where they differ from the rules.
         facts: what it rests on.
         source: file and number, for error messages.
     """
 
     case: Case
+    rules: str
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
@@ -118,7 +122,7 @@ class Profile:
 
 _KINDS = {int: "an integer", str: "a string", list: "a list"}
 _FIELDS = {f.name: int if f.type == "int" else str for f in dataclasses.fields(Case)}
-_REMEDY = "mend or delete it, or run qexperts tune again"
+_REMEDY = "mend it, or delete it and run qexperts tune again"
 
 
 def bucket(rows: int) -> int:
@@ -129,7 +133,7 @@ def bucket(rows: int) -> int:
 def tuned(rules: Chosen, case: Case, device: torch.device, check: Check = lambda choice: None) -> Chosen:
     """What the rules choose, or a table says instead."""
     entry = lookup(device, case)
-    return rules if entry is None else with_entry(rules, entry, check)
+    return rules if entry is None or entry.rules != repr(rules) else with_entry(rules, entry, check)
 
 
 def with_entry(rules: Chosen, entry: Entry, check: Check = lambda choice: None) -> Chosen:
@@ -217,9 +221,13 @@ def key_of(device: torch.device) -> tuple[str, str] | None:
 @functools.cache
 def _release(package: str) -> str | None:
     try:
-        return f"{package} " + ".".join(importlib.metadata.version(package).split(".")[:2])
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # builds for other GPUs have names of their own
+        names = importlib.metadata.packages_distributions().get(package)
+        if not names:
+            return None
+        version = importlib.metadata.version(names[0])
+    return f"{package} " + ".".join(version.split(".")[:2])
 
 
 @functools.cache
@@ -246,6 +254,8 @@ def read(path: Path, key: tuple[str, str] | None = None) -> Profile:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a profile ({error}); {_REMEDY}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
     if not isinstance(data, dict) or data.get("kind") != "tuned":
         raise ValueError(f"{path}: expected a JSON object of kind tuned; {_REMEDY}")
     for name, kind in (("schema", int), ("device", str), ("software", str), ("entries", list)):
@@ -268,16 +278,18 @@ def _entry(item: object, where: str) -> Entry:
     for name, values in (("backend", BACKENDS), ("phase", PHASES), ("format", tuple(FORMATS))):
         if item[name] not in values:
             raise ValueError(f"{where}: {name} is {item[name]!r}; expected one of {', '.join(values)}; {_REMEDY}")
-    config = item.get("config")
+    rules, config = item.get("rules"), item.get("config")
+    if not isinstance(rules, str):
+        raise ValueError(f"{where}: rules is {rules!r}; expected a string; {_REMEDY}")
     if not isinstance(config, dict):
         raise ValueError(f"{where}: config is {config!r}; expected an object; {_REMEDY}")
-    facts = {key: value for key, value in item.items() if key not in _FIELDS and key != "config"}
-    return Entry(Case(**{name: item[name] for name in _FIELDS}), config, facts, where)
+    facts = {key: value for key, value in item.items() if key not in (*_FIELDS, "rules", "config")}
+    return Entry(Case(**{name: item[name] for name in _FIELDS}), rules, config, facts, where)
 
 
 def write(path: Path, key: tuple[str, str], entries: Iterable[Entry]) -> None:
     """Replace a table, at once, by one for a device and a release with these entries."""
-    items = [{**dataclasses.asdict(e.case), "config": dict(e.config), **e.facts} for e in entries]
+    items = [{**dataclasses.asdict(e.case), "rules": e.rules, "config": dict(e.config), **e.facts} for e in entries]
     lines = ",\n".join(json.dumps(item) for item in items)
     head = json.dumps({"kind": "tuned", "schema": SCHEMA, "device": key[0], "software": key[1]})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,9 +207,22 @@ def prepare_tune(options: TuneOptions) -> TuneJob:
     if key is None or own is None:
         raise ValueError(f"tune: nothing is tuned on {device}: Triton is not installed")
     path = own if options.save is None else Path(options.save)
-    if path.exists() and (reason := tuning.read(path, key).unused):
+    if options.save is not None and path.exists() and (reason := tuning.read(path, key).unused):
         raise ValueError(f"--save {path}: {reason}; give another file")
+    _check_writable(path)
     return TuneJob(options, jobs, phases, path, key)
+
+
+def _check_writable(path: Path) -> None:
+    """ValueError now rather than after measuring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"tune: {path} cannot be written ({error.strerror}); give a file that can with --save"
+        ) from None
 
 
 def _tokens(text: str | None) -> list[int | None]:
@@ -363,14 +377,17 @@ def _unless_slower(found: Found, records: Sequence[Record], elsewhere: Workload)
 def _keep(case: tuning.Case, found: Found, job: TuneJob) -> None:
     """Into the table, in the place of what it says of this case."""
     assert found.before is not None and found.after is not None
+    least = least_ratio(found.before, found.after)
     facts = {
         "rules_ms": found.before.median_ms, "ms": found.after.median_ms if found.config else found.before.median_ms,
-        "at_least": least_ratio(found.before, found.after) if found.config else None, "rounds": found.before.rounds,
+        "at_least": least if found.config else None, "rounds": found.before.rounds,
         "distribution": found.before.distribution, "torch": found.before.torch, "qexperts": found.before.qexperts,
         "commit": found.before.commit, "command": found.before.command, "time": found.before.time,
     }  # fmt: skip
     entries = {entry.case: entry for entry in tuning.read(job.path).entries} if job.path.exists() else {}
-    entries[case] = tuning.Entry(case, found.config, facts)
+    if least is None and found.best != found.rules and case in entries:
+        return  # too few rounds to say something else
+    entries[case] = tuning.Entry(case, repr(found.rules), found.config, facts)
     tuning.write(job.path, job.key, entries.values())
     tuning.forget()
 

@@ -67,8 +67,9 @@ class DecodeConfig(Choice):
     unroll: int = 1
     halves: bool = False
 
+    # block_n of 256 with four warps would add the parts of K in another order
     FREE: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "block_n": (64, 128, 256), "stages": (2, 3, 4, 5), "warps": (4, 8), "unroll": (1, 2), "halves": (False, True),
+        "block_n": (64, 128), "stages": (2, 3, 4, 5), "warps": (4, 8), "unroll": (1, 2), "halves": (False, True),
     }  # fmt: skip
 
 
