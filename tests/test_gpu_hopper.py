@@ -44,6 +44,7 @@ CASES = [
     *(Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, None, dtype, why="all classes") for fmt, dtype in DENSE),
     *(Case((7, 40, 20, 129), 272, 80, fmt, None, dtype, why="parts of blocks") for fmt, dtype in DENSE),
     Case((7, 40, 0, 20, 129, 250) * 6, 1536, 384, "bf16", None, why="units follow each other"),
+    Case((7, 40, 0, 20, 129, 250) * 6, 1536, 64, "bf16", None, why="units of one block"),
     Case((0, 0, 0), 256, 256, "bf16", None, why="no units"),
 ]
 

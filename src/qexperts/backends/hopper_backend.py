@@ -103,7 +103,7 @@ def _no_kernel(problem: Problem) -> str | None:
 
 def describe(weight: QuantWeight, x: torch.Tensor, phase: str | None) -> str:
     """As of the backend "triton"."""
-    parts = [] if phase == "decode" else [_kernel(weight.format.name).describe(weight.format.name)]
+    parts = [] if phase == "decode" else [_kernel(weight.format.name).describe(weight)]
     parts += [] if phase == "prefill" else [triton_backend.describe(weight, x, "decode")]
     parts += [repr(triton_backend.config_of(weight, x, "auto", PREFILL))] if phase == "auto" else []
     return ", ".join(parts)

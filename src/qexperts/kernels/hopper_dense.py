@@ -18,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..formats import QuantWeight
 from ..plan import max_tiles
 from .gluon_compat import reinterpret, tma_load
-from .hopper_work import INFOS, advance, announce, claim, described, heard, tile
+from .hopper_work import advance, announce, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -29,6 +30,7 @@ __all__ = ["REGISTERS", "WARPS", "arguments", "bind", "constants", "dense_kernel
 
 BLOCK_N = 256
 SLOTS = 4  # 64 k of both operands: 48 KiB
+INFOS = 8  # more than SLOTS: than units that the producer may be ahead, of one slot each where K is 64
 WARPS = 8  # of consumers
 REGISTERS = 168  # of a thread at the start; the producer's go to the consumers, which then have 240
 PROGRAMS_PER_SM = 1
@@ -247,6 +249,6 @@ def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor,
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
 
-def describe(fmt: str) -> str:
+def describe(weight: QuantWeight) -> str:
     """What is as the tile sizes of `config.py` are to `prefill.py`."""
     return f"Gluon(slots={SLOTS})"

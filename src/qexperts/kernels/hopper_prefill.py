@@ -30,10 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..formats import QuantWeight
 from ..plan import max_tiles
 from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
-from .hopper_work import INFOS, advance, announce, claim, described, heard, tile
+from .hopper_work import advance, announce, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -43,6 +44,7 @@ __all__ = ["REGISTERS", "arguments", "bind", "constants", "describe", "hopper_ke
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
 PROGRAMS_PER_SM = 2
 SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
+INFOS = 4  # more than the units that the producer may be ahead: than slots of the weight
 
 # scales of a block, [(warp, lh1, lh2), (lh0, rep, rh)]
 SCALES = gl.constexpr(
@@ -496,11 +498,16 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
     )
 
 
-def constants(w: Operand) -> dict[str, object]:
-    bits, group = code_bits(w.format), w.group or w.K
+def _slots(fmt: str, group: int) -> tuple[int, int]:
+    """Of x and of the weight."""
+    bits = code_bits(fmt)
     x_slots, w_slots = SLOTS[bits]
-    if bits == 2 and group < 128:  # room for the scales
-        x_slots -= 1
+    return x_slots - (bits == 2 and group < 128), w_slots  # room for the scales
+
+
+def constants(w: Operand) -> dict[str, object]:
+    group = w.group or w.K
+    x_slots, w_slots = _slots(w.format, group)
     return {
         "N": w.N, "K": w.K, "FORMAT": w.format, "GROUP": group, "XS": x_slots, "WS": w_slots, "INFOS": INFOS
     }  # fmt: skip
@@ -529,6 +536,6 @@ def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor,
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
 
-def describe(fmt: str) -> str:
+def describe(weight: QuantWeight) -> str:
     """What is as the tile sizes of `config.py` are to `prefill.py`."""
-    return "Gluon(x_slots={}, w_slots={})".format(*SLOTS[code_bits(fmt)])
+    return "Gluon(x_slots={}, w_slots={})".format(*_slots(weight.format.name, weight.group_size or weight.K))

@@ -13,9 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launcher import Launch, Launcher, View
 
-__all__ = ["INFOS", "advance", "announce", "bind", "claim", "described", "heard", "tile"]
-
-INFOS = 4  # more than the units that the producer may be ahead
+__all__ = ["advance", "announce", "bind", "claim", "described", "heard", "tile"]
 
 
 @gluon.jit
