@@ -152,7 +152,7 @@ def test_cpu_preset_says_it_is_scaled() -> None:
     for r in rows:
         assert r["total_tokens"] == 768 and r["num_experts"] == 24
         assert "31440" in r["scaled"] and "768 rows" in r["scaled"] and "divided by 4" in r["scaled"]
-        assert "the second projection where 60 s are enough" in r["scaled"]
+        assert "the second projection where 75 s are enough" in r["scaled"]
 
 
 def test_a_preset_that_would_take_too_long_leaves_its_second_projection_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_a_preset_that_would_take_too_long_leaves_its_second_projection_out(monk
     measured = list(running.run(dataclasses.replace(job, writer=SimpleNamespace(write=len)), say=said.append))
     assert [(w.n, w.k, w.format.name) for w in measured] == [(768, 384, "int8_sym"), (768, 384, "int4_sym")]
     assert said == [
-        "left out: N=384 K=768, which would end after 79 s; without sizes a CPU takes at most 60 s. Measure it with "
+        "left out: N=384 K=768, which would end after 79 s; without sizes a CPU takes at most 75 s. Measure it with "
         "--experts 24 --tokens 768 --n 384 --k 768 --thresholds 16,64"
     ]
 

@@ -131,8 +131,8 @@ _shared = _options(
 def prefill(out: str, **options: Any) -> None:
     """Strategies on many, unevenly spread rows per expert.
 
-    Without any size option a CPU measures a scaled preset, its second projection if that takes no more than a minute
-    in all, and says so.
+    Without any size option a CPU measures a scaled preset, its second projection if that takes no more than 75
+    seconds in all, and says so.
     """
     options["api"] = options["api"] or "raw"
     sys.exit(bench_session(prepare(BenchOptions("prefill", **options)), out))

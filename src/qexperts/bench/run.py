@@ -35,7 +35,7 @@ ROUNDS_DEVICE = 20
 # quarter of the recorded one. A prefill has many rows to time, of every strategy; its second projection is measured if
 # it takes no longer than the rest of these seconds, judged by the first.
 CPU_EXPERTS, CPU_TOKENS, CPU_DIVISOR, CPU_THRESHOLDS = 64, 2048, 4, (16, 64)
-CPU_PREFILL_EXPERTS, CPU_PREFILL_TOKENS, CPU_PREFILL_SECONDS = 24, 768, 60
+CPU_PREFILL_EXPERTS, CPU_PREFILL_TOKENS, CPU_PREFILL_SECONDS = 24, 768, 75
 DECODE_EXPERTS = 192
 HIDDEN, INTERMEDIATE = PROJECTIONS[0]  # w_down is the first recorded projection, gate and up are each the second
 
