@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..formats import QuantWeight
 from ..plan import max_tiles
 from .gluon_compat import reinterpret, tma_load
-from .hopper_work import advance, announce, claim, described, heard, tile
+from .hopper_work import advance, announce, barriers, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -184,14 +184,8 @@ def dense_kernel(
     xs = gl.allocate_shared_memory(x128.dtype, [SLOTS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(x128.dtype, [SLOTS, 1, w_desc.block_shape[1], 64], w_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    info_full = gl.allocate_shared_memory(gl.int64, [INFOS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    for i in gl.static_range(INFOS):
-        mbarrier.init(info_full.index(i), count=1)
+    full, empty = barriers(SLOTS), barriers(SLOTS)
+    info_full = barriers(INFOS)
     fence_async_shared()
     tiles_ptr = schedule_ptr + 4 + E + 1
     gl.warp_specialize(

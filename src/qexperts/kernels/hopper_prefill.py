@@ -34,7 +34,7 @@ from ..formats import QuantWeight
 from ..plan import max_tiles
 from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
 from .gluon_compat import reinterpret, thread_barrier, tma_load
-from .hopper_work import advance, announce, claim, described, heard, tile
+from .hopper_work import advance, announce, barriers, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -435,19 +435,9 @@ def hopper_kernel(
     ws = gl.allocate_shared_memory(gl.int32, [WS, 4, w_desc.block_shape[1], 8, 4, w_desc.block_shape[4]], w_desc.layout)
     ss = gl.allocate_shared_memory(gl.int32, [WS * _groups(GROUP), 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [WS, 1], mbarrier.MBarrierLayout())
-    w_empty = gl.allocate_shared_memory(gl.int64, [WS, 1], mbarrier.MBarrierLayout())
-    info_full = gl.allocate_shared_memory(gl.int64, [INFOS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(XS):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(WS):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=1)
-    for i in gl.static_range(INFOS):
-        mbarrier.init(info_full.index(i), count=1)
+    x_full, x_empty = barriers(XS), barriers(XS)
+    w_full, w_empty = barriers(WS), barriers(WS)
+    info_full = barriers(INFOS)
     fence_async_shared()
     tiles_ptr = schedule_ptr + 4 + E + 1
     gl.warp_specialize(
@@ -476,9 +466,8 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
     """The kernel's arguments before its constants."""
 
     bits = code_bits(w.format)
-    halves, columns = {2: (1, 8), 4: (1, 16), 8: (2, 16)}[
-        bits
-    ]  # a row's words in a block: in so many places, so many each
+    # a row's words in a block: in so many places, so many each
+    halves, columns = {2: (1, 8), 4: (1, 16), 8: (2, 16)}[bits]
     panels, blocks = E * w.N // 16, w.K // 128
     words, groups = 16 * columns * halves * blocks, w.K // (w.group or w.K)
     return (

@@ -13,7 +13,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launcher import Launch, Launcher, View
 
-__all__ = ["advance", "announce", "bind", "claim", "described", "heard", "tile"]
+__all__ = ["advance", "announce", "barriers", "bind", "claim", "described", "heard", "tile"]
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """So many, each of one arrival; a fence must follow."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=1)
+    return made
 
 
 @gluon.jit
