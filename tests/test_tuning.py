@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from qexperts import Problem, TokenPlan, explain, grouped_gemm, tuning
+from qexperts import Problem, TokenPlan, explain, files, grouped_gemm, tuning
 from qexperts.backends import hopper_backend, torch_backend, triton_backend
 from qexperts.backends.triton_backend import Crossover
 from qexperts.testing import Case as Shape
@@ -525,3 +525,27 @@ def test_a_table_for_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = put(tmp_path, {**TABLE, "device": "another"})
     with pytest.raises(ValueError, match=r"--save .*some.json: is for another .*; give another file"):
         tune.prepare_tune(tune.TuneOptions(n=64, k=128, device="cpu", save=str(path)))
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"tune: .*file/x.json cannot be written \(.+\); give a file that can"):
+        tune.prepare_tune(tune.TuneOptions(n=64, k=128, device="cpu", save=str(tmp_path / "file" / "x.json")))
+
+
+def test_a_table_that_cannot_be_read_is_named(own: Path) -> None:
+    (own / "folder.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"folder.json: cannot be read \(.+\); mend it, or delete it"):
+        lookup(GPU, CASE)
+
+
+def test_who_has_no_home_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("QEXPERTS_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    directory = files.cache_directory()
+    assert not directory.exists() and files.unwritable(directory) is not None
+    assert lookup(GPU, CASE) is None

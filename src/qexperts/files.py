@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
-__all__ = ["cache_directory", "replace"]
+__all__ = ["cache_directory", "replace", "unwritable"]
 
 
 def cache_directory() -> Path:
@@ -19,6 +20,15 @@ def cache_directory() -> Path:
     except RuntimeError:  # a user id without a home
         cache = Path(os.devnull)
     return cache / "qexperts"
+
+
+def unwritable(directory: str | os.PathLike[str]) -> str | None:
+    """Why no file can be made in a directory, or None."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def replace(path: str | os.PathLike[str], content: bytes) -> None:

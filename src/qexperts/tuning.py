@@ -33,7 +33,7 @@ from .formats import FORMATS
 
 __all__ = [
     "DECODE_THRESHOLD", "DTYPES", "PHASES", "Case", "Choice", "Entry", "Profile", "bucket", "device_name", "forget",
-    "key_of", "lookup", "neighbours", "own_path", "profiles", "read", "tuned", "used", "with_entry", "write",
+    "key_of", "lookup", "neighbours", "noted", "own_path", "profiles", "read", "tuned", "used", "with_entry", "write",
 ]  # fmt: skip
 
 SCHEMA = 2
@@ -177,6 +177,12 @@ def profiles(device: torch.device) -> list[Profile]:
 def used(device: torch.device) -> str:
     """The tables that say something of this device, for people; "" if none does."""
     return ", ".join(str(p.path) for p in profiles(device) if p.entries)
+
+
+def noted(how: str, device: torch.device) -> str:
+    """How something is run, and which tables may have a say in it."""
+    found = used(device)
+    return f"{how}; profile {found}" if found else how
 
 
 def own_path(device: torch.device) -> Path | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..formats import FORMATS, QuantWeight
+from ..tuning import noted
 from . import triton_backend
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if reason is not None:
         return reason, "", False
     how = "Gluon: one launch, which copies ahead of its multiplications" if problem.phase != "decode" else "as triton"
-    return None, triton_backend.noted(how + ("" if preferred(problem) else "; auto takes triton"), problem), False
+    return None, noted(how + ("" if preferred(problem) else "; auto takes triton"), problem.device), False
 
 
 def preferred(problem: Problem) -> bool:

@@ -26,7 +26,7 @@ from ..formats import QuantWeight, index_experts
 from ..plan import TokenPlan
 from ..quantize import dequantize_into, dequantize_steps
 from ..strategies import Step, StepKind, Strategy, Take
-from ..tuning import DTYPES, Case, Choice, bucket, tuned, used
+from ..tuning import DTYPES, Case, Choice, bucket, noted, tuned
 from ..workspace import arena, is_capturing
 
 if TYPE_CHECKING:
@@ -264,9 +264,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
         computes = str(compute_dtype(problem.device, dtype)).removeprefix("torch.")
         if way == "per_expert":
             first = "dequantizes one expert at a time, " if fmt.quantized else "one expert at a time, "
-        found = used(problem.device)
         how = "multiplies" if way == "per_expert" else "one grouped mm"
-        return None, f"{first}{how} in {computes}" + (f"; profile {found}" if found else ""), False
+        return None, noted(f"{first}{how} in {computes}", problem.device), False
     if way == "rows":
         return None, "no more rows than experts: gathers the weights row by row, one batched matmul", False
     if way == "grouped":

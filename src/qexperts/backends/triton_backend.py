@@ -23,14 +23,14 @@ from ..formats import QuantWeight
 from ..layouts import no_tiles
 from ..plan import TokenPlan
 from ..strategies import Schedule, Step, Take
-from ..tuning import DECODE_THRESHOLD, Choice, tuned, used
+from ..tuning import DECODE_THRESHOLD, Choice, noted, tuned
 
 if TYPE_CHECKING:
     from . import Problem
 
 __all__ = [
     "DEVICES", "LAYOUT", "PREFILL", "BoundCall", "Crossover", "PackedGemm", "PrefillKernel", "TileTables", "bind",
-    "bind_prefill", "config_of", "describe", "interpreted", "no_device", "no_layout", "noted", "nvidia", "permuted",
+    "bind_prefill", "config_of", "describe", "interpreted", "no_device", "no_layout", "nvidia", "permuted",
     "processors", "rules_of", "run", "run_into", "supports",
 ]  # fmt: skip
 
@@ -110,13 +110,7 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
     if reason is not None:
         return reason, "", False
     read = "packed weights" if fmt.quantized else "weights"
-    return None, noted(f"one launch reads the {read}; nothing is read on the host", problem), False
-
-
-def noted(how: str, problem: Problem) -> str:
-    """How a problem is run, and which profiles have a say in it."""
-    found = used(problem.device)
-    return f"{how}; profile {found}" if found else how
+    return None, noted(f"one launch reads the {read}; nothing is read on the host", problem.device), False
 
 
 def no_layout(weight: QuantWeight) -> str | None:

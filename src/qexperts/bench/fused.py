@@ -131,11 +131,9 @@ class FusedProvider(PackedProvider):
         t = self._t
         y = take((t.x.shape[0], weight.N), t.x.dtype)
         problem, backend = self._problem(candidate), GPU_BACKENDS[self._backend(candidate)]
-        if isinstance(parts := candidate.config, triton_backend.Crossover):
-            problem, config = (
-                dataclasses.replace(problem, decode_threshold=parts.decode_threshold),
-                f"{config}: {parts!r}",
-            )
+        if isinstance(crossover := candidate.config, triton_backend.Crossover):
+            problem = dataclasses.replace(problem, decode_threshold=crossover.decode_threshold)
+            config = f"{config}: {crossover!r}"
 
         def run() -> torch.Tensor:
             backend.run_into(problem, y, t.x, weight, t.counts)

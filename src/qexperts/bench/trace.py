@@ -13,6 +13,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from ..files import unwritable
 from ..integrations.transformers import from_pretrained
 from ..integrations.transformers_modules import experts_modules
 from ..layer import QuantExperts
@@ -129,7 +130,7 @@ def trace_session(options: TraceOptions) -> int:
         raise ValueError(f"--tokens {o.tokens} --new-tokens {o.new_tokens}: expected at least 1 and 0")
     if os.path.exists(o.save):
         read_trace(o.save)  # another file is not overwritten
-    if not os.access(Path(o.save).resolve().parent, os.W_OK):
+    if unwritable(Path(o.save).resolve().parent):
         raise ValueError(f"--save {o.save}: its folder is not there, or cannot be written")
     console = Console(stderr=True)
     tick = progress(console)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from rich.table import Table
 
 from .. import tuning
 from ..backends import BACKENDS, Problem, select, torch_backend, triton_backend
+from ..files import unwritable
 from ..formats import QuantWeight
 from ..ops import prepare as prepare_weight
 from ..routing import parse_distribution, recorded
@@ -217,12 +217,12 @@ def _check_writable(path: Path) -> None:
     """ValueError now rather than after measuring."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     except OSError as error:
-        raise ValueError(
-            f"tune: {path} cannot be written ({error.strerror}); give a file that can with --save"
-        ) from None
+        reason: str | None = error.strerror
+    else:
+        reason = unwritable(path.parent)
+    if reason is not None:
+        raise ValueError(f"tune: {path} cannot be written ({reason}); give a file that can with --save")
 
 
 def _tokens(text: str | None) -> list[int | None]:
