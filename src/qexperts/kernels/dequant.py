@@ -32,6 +32,7 @@ __all__ = [
     "fast_pairs_of_word",
     "fast_words",
     "is_asym",
+    "pairs_exponent",
     "round_to",
     "scale_operand",
     "slot_to_k",
@@ -184,7 +185,7 @@ def _fast_operands(fmt: str, bf16: bool = True) -> str:
 
 
 @triton.constexpr_function
-def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
+def _fast(fmt: str, steps: tuple[int, int] | None = None, bf16: bool = True, product: str = "") -> str:
     """A word of codes -> registers of two bf16 values, scaled down: word, scales for bits 0 and 4, addend.
 
     The lowest 8 bits of a bf16, its exponent's last bit among them, count from 0 in steps of 2^-133. A code stays where
@@ -194,15 +195,26 @@ def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
 
     rounded once. With a zero point, whose product with the scale would not be exact, it is (c - zero) 2^-32 first.
     fp16 has no such range: it is (1024 + f c) / f - (1024 / f + offset or zero) first, and nothing is scaled down.
+    product: of `_product`. "two" is made as with a zero point, "fp32" as in fp16.
     """
     bits = code_bits(fmt)
+    result, bf16 = "bf16x2" if bf16 else "f16x2", bf16 and product != "fp32"
     registers = range(16 // bits)
     word, next_input = 32 // bits, 1  # numbers of the inputs
-    if chunk >= 0:  # pairs of equal words, and only a chunk of them
-        registers = registers[4 * chunk : 4 * chunk + 4] if bits == 2 else registers
+    if steps is not None:  # pairs of equal words, and only the steps from one to before another
+        registers = registers[2 * steps[0] : 2 * steps[1]]
         word, next_input = len(registers), 2
     lines = [f".reg .b32 r, none, ka, kb, m0, m2, m8, m10; mov.b32 none, 0x80008000; mov.b32 m0, ${word};"]
     t = "bf16x2" if bf16 else "f16x2"
+    scale, second = f"${word + next_input}", f"${word + 2 * next_input}"
+    scaled = f"fma.rn.{t} r, r, {scale}, none;"
+    if product == "two":
+        lines.append(".reg .b32 x;")
+        scaled = f"fma.rn.bf16x2 x, r, {second}, none; fma.rn.bf16x2 r, r, {scale}, x;"
+    elif product == "fp32":
+        lines.append(".reg .b16 l, h; .reg .f32 f, g;")
+        scaled = f"mov.b32 {{l, h}}, r; cvt.f32.f16 f, l; cvt.f32.f16 g, h; mul.rn.f32 f, f, {scale};"
+        scaled += f"mul.rn.f32 g, g, {scale}; cvt.rn.{result}.f32 r, g, f;"
     if fmt.startswith("fp8"):
         shift, mask = {
             ("fp8_e4m3", True): (4, 0x07F0), ("fp8_e5m2", True): (3, 0x0FE0), ("fp8_e4m3", False): (1, 0x3F80),
@@ -214,8 +226,8 @@ def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
             lines.append(f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea;")
             if not bf16 and shift:  # the difference of the exponents' biases, which a scale has no room for
                 lines.append(f"mov.b32 ka, {_both(2.0**8, False)}; fma.rn.f16x2 r, r, ka, none;")
-            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
-            lines.append(f"mov.b32 ${h}, r;" if chunk >= 0 else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
+            lines.append(scaled)
+            lines.append(f"mov.b32 ${h}, r;" if steps else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
         return "{" + "\n".join(lines) + "}"
     asym = fmt.endswith("_asym")
     offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
@@ -226,37 +238,75 @@ def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
         low = 4 if bits < 8 and bits * i % 8 >= 4 else 0
         a, b = ((1 << bits) - 1) << low, head ^ offset << low
         lines.append(f"lop3.b32 r, m{bits * i - low}, {a * 0x10001:#x}, {b * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
-        if asym or not bf16:
+        if asym or not bf16 or product == "two":
             addend = word + (2 if low and not bf16 else 3) * next_input
             lines.append(f"fma.rn.{t} r, r, {'kb' if low else 'ka'}, ${addend};")
-            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
+            lines.append(scaled)
         else:
             lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1) * next_input}, ${word + 3 * next_input};")
-        lines.append(f"mov.b32 ${i - registers[0]}, r;" if chunk >= 0 else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
+        lines.append(f"mov.b32 ${i - registers[0]}, r;" if steps else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
     return "{" + "\n".join(lines) + "}"
 
 
 @triton.constexpr_function
-def fast_pairs(fmt: str, chunk: int, bf16: bool) -> str:
-    """`_fast` for pairs of equal words, scales and addends: a register of two values for each pair and step.
+def _product(fmt: str, scale: tl.dtype, dtype: tl.dtype) -> str:
+    """How a code is multiplied by a scale, to be rounded once like the exact product.
 
-    chunk: with 2 bits a word holds two, of 32 k each; not used with others.
+    "" in the dtype of both. "two": an fp16 scale is the sum of two bf16 values, the second of 3 bits; its product with
+    a code of up to 5 bits is exact in bf16 and the addend of the other's. "fp32", rounded to that first.
     """
-    return _fast(fmt, chunk, bf16)
+    if scale == dtype:
+        return ""
+    return "two" if scale == tl.float16 and not fmt.startswith("int8") else "fp32"
 
 
 @triton.constexpr_function
-def fast_pairs_of_word(fmt: str, bf16: bool) -> str:
-    """`_fast_operands` of a prepared scale, $3: scale in the low half, in the high half zero point or scale again."""
-    operands = _fast_operands(fmt, bf16).replace("$3", "s").replace("$4", "z")
-    if not fmt.endswith("_asym"):
-        return "{.reg .b32 s; mov.b32 s, $3;" + operands + "}"
-    one, magic = _both(-1.0, bf16), _both((128.0 if fmt.startswith("int8") else -128.0) if bf16 else -1024.0, bf16)
-    t = "bf16x2" if bf16 else "f16x2"
-    return (
-        "{.reg .b32 s, z, f, g; prmt.b32 s, $3, $3, 0x1010; prmt.b32 z, $3, $3, 0x3232;"
-        f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.{t} z, z, f, g;" + operands + "}"
-    )
+def pairs_exponent(fmt: str, scale: tl.dtype, dtype: tl.dtype) -> int:
+    """What `fast_pairs` makes is this power of two too small."""
+    return fast_exponent() if dtype == tl.bfloat16 and _product(fmt, scale, dtype) != "fp32" else 0
+
+
+@triton.constexpr_function
+def fast_pairs(fmt: str, step: int, steps: int, scale: tl.dtype, dtype: tl.dtype) -> str:
+    """`_fast` for pairs of equal words, scales and addends: a register of two values for each pair.
+
+    step, steps: of 16 k, the first in the word and how many.
+    """
+    return _fast(fmt, (step, step + steps), dtype == tl.bfloat16, _product(fmt, scale, dtype))
+
+
+@triton.constexpr_function
+def fast_pairs_of_word(fmt: str, scale: tl.dtype, dtype: tl.dtype) -> str:
+    """`_fast_operands` of a prepared scale, $3: scale in the low half, in the high half zero point or scale again; fp32
+    scales have their zero point in $4. "two": $0, $1 are the two values."""
+    asym, bf16, product = fmt.endswith("_asym"), dtype == tl.bfloat16, _product(fmt, scale, dtype)
+    operands = _fast_operands(fmt, bf16 and product != "fp32").replace("$3", "s").replace("$4", "z")
+    if not product:
+        if not asym:
+            return "{.reg .b32 s; mov.b32 s, $3;" + operands + "}"
+        one, magic = _both(-1.0, bf16), _both((128.0 if fmt.startswith("int8") else -128.0) if bf16 else -1024.0, bf16)
+        t = "bf16x2" if bf16 else "f16x2"
+        return (
+            "{.reg .b32 s, z, f, g; prmt.b32 s, $3, $3, 0x1010; prmt.b32 z, $3, $3, 0x3232;"
+            f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.{t} z, z, f, g;" + operands + "}"
+        )
+    s, z = {
+        tl.float16: ("cvt.f32.f16 s, l;", "cvt.f32.f16 z, h;"),
+        tl.bfloat16: ("shl.b32 s, $3, 16;", "and.b32 z, $3, 0xffff0000;"),
+        tl.float32: ("mov.b32 s, $3;", "mov.b32 z, $4;"),
+    }[scale]
+    asm = "{.reg .b16 l, h; .reg .b32 s, z, f; mov.b32 {l, h}, $3;" + s + z * asym
+    if product == "fp32":
+        # -1024 - zero
+        asm += "mov.b32 f, 0fC4800000; sub.rn.f32 z, f, z; cvt.rn.f16x2.f32 z, z, z;" * asym
+        return asm + operands + "}"
+    up = {"fp8_e4m3": 120, "fp8_e5m2": 112}.get(fmt, fast_exponent()) - fast_exponent()
+    asm += f"mov.b32 f, {(127 + up) << 23:#x}; mul.rn.f32 s, s, f; cvt.rn.bf16x2.f32 $0, s, s;"
+    asm += "and.b32 f, $0, 0xffff0000; sub.rn.f32 s, s, f; cvt.rn.bf16x2.f32 $1, s, s;"
+    if asym:
+        return asm + f"mov.b32 f, {0x80000000 | (127 - fast_exponent()) << 23:#x}; mul.rn.f32 z, z, f; cvt.rn.bf16x2.f32 $2, z, z;}}"
+    offset = 0 if fmt.startswith("fp8") else 2.0 ** (code_bits(fmt) - 1 - fast_exponent())
+    return asm + f"mov.b32 $2, {_both(-offset, True) if offset else '0'};}}"
 
 
 @triton.constexpr_function
