@@ -382,9 +382,15 @@ def _join4(o0, o1, o2, o3):
 
 @triton.jit
 def scale_operand(v, DTYPE: tl.constexpr, PATH: tl.constexpr):
-    """A scale as `dequant_words` wants it."""
+    """A scale as `dequant_words` wants it.
+
+    bf16 is widened by its bits: a product with a widened fp16 that is rounded to fp16, LLVM takes in fp16 if it sees
+    both widened, since their mantissas fit. The scale's exponent does not.
+    """
     if PATH == "ptx" and v.dtype == DTYPE:
         v = _twice(v, DTYPE)
+    elif v.dtype == tl.bfloat16:
+        v = (v.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         v = v.to(tl.float32)
     return v
