@@ -64,8 +64,14 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
 
 def preferred(problem: Problem) -> bool:
     """Whether `auto` takes this backend where it can run."""
-    faster = problem.format.name in FASTER and problem.scale_dtype == problem.dtype
-    return problem.phase != "decode" and faster and problem.group_size not in GROUPS
+    return problem.phase != "decode" and problem.format.name in FASTER and _faster_scales(problem)
+
+
+def _faster_scales(p: Problem) -> bool:
+    """Whether that was measured with scales of such a dtype and such groups."""
+    if p.scale_dtype != p.dtype:
+        return p.group_size not in GROUPS or (p.dtype, p.scale_dtype) == (torch.bfloat16, torch.float16)
+    return p.group_size not in GROUPS or p.group_size == 16 and p.format.bits < 8
 
 
 @functools.cache

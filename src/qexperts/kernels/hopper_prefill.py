@@ -32,8 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..formats import QuantWeight
 from ..plan import max_tiles
-from .dequant import code_bits, fast_pairs, fast_pairs_of_word, is_asym, pairs_exponent
+from .dequant import code_bits
 from .gluon_compat import reinterpret, thread_barrier, tma_load
+from .hopper_pairs import groups_of, operands_of, pairs_exponent, pairs_of, scale_rows, scales_of
 from .hopper_work import advance, announce, barriers, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
@@ -46,13 +47,6 @@ PROGRAMS_PER_SM = 2
 SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x, at most, and of the weight, by bits of a code
 SHARED = 112 * 1024  # for slots: with 1 KiB for barriers half a processor's
 INFOS = 4  # more than the units that the producer may be ahead: than slots of the weight
-
-# scales of a block, [(warp, lh1, lh2), (lh0, rep, rh)]
-SCALES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 0], [0, 0], [0, 4], [2, 0], [1, 0]], [[4, 0], [8, 0]], [], [16, 8]
-    )
-)
 
 
 @triton.constexpr_function
@@ -88,7 +82,7 @@ def _produce_unit(
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
     HALVES: gl.constexpr = w_desc.block_shape[1]  # of a block: places of a row's words
-    GROUPS: gl.constexpr = _groups(GROUP)
+    GROUPS: gl.constexpr = groups_of(GROUP)
     ROWS: gl.constexpr = ss.shape[0] // WS  # in a slot: of scales and, if these lie apart, of zero points
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
@@ -123,8 +117,8 @@ def _produce_unit(
 
 @gluon.jit
 def _produce(
-    x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, panel,
-    scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
+    x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows,
+    panel, scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
     if rows > 64:
@@ -152,9 +146,9 @@ def _produce(
 
 @gluon.jit
 def _producer(
-    x128, x64, x32, x16, w_desc, s_descs, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty, w_full,
-    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
-    WS: gl.constexpr, INFOS: gl.constexpr,
+    x128, x64, x32, x16, w_desc, s_descs, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty,
+    w_full, w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
+    XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     NK: gl.constexpr = K // 128
     AHEAD: gl.constexpr = WS if NK > WS else NK  # blocks that need not wait long
@@ -226,93 +220,6 @@ def _step_words(w, FORMAT: gl.constexpr):
     return w0, w1, w2, w3
 
 
-@triton.constexpr_function
-def _groups(group):  # type: ignore[no-untyped-def]
-    """Scales of a row of a block, at least one."""
-    return max(128 // group, 1)
-
-
-@triton.constexpr_function
-def _scale_rows(fmt, scale, group):  # type: ignore[no-untyped-def]
-    """Rows of 128 words in a slot: scales of each group, with their zero points if they have 16 bits."""
-    return _groups(group) * (2 if is_asym(fmt) and scale == gl.float32 else 1)
-
-
-@gluon.jit
-def _row(ss, i, w):
-    """A row of words of scales or zero points, to be broadcast to words like w [2, 4, 2, 8, 4]."""
-    L: gl.constexpr = w.type.layout
-    s = gl.permute(gl.reshape(ss.index(i).load(SCALES), (4, 2, 2, 2, 2, 2)), (4, 0, 5, 2, 1, 3))
-    s = gl.reshape(s, (2, 4, 2, 8))
-    return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
-
-
-@gluon.jit
-def _scales(ss, wi, w, CHUNK: gl.constexpr, GROUPS: gl.constexpr, WS: gl.constexpr):
-    """Of the two steps of a chunk of a slot of the weight: scale and zero point, words that may be the same."""
-    ROWS: gl.constexpr = ss.shape[0] // WS
-    first = wi * ROWS + CHUNK * GROUPS // 4
-    second = wi * ROWS + (2 * CHUNK + 1) * GROUPS // 8
-    s0 = _row(ss, first, w)
-    z0, s1 = s0, s0
-    if ROWS > GROUPS:
-        z0 = _row(ss, first + GROUPS, w)
-    z1 = z0
-    if GROUPS == 8:
-        s1 = _row(ss, second, w)
-        z1 = s1
-        if ROWS > GROUPS:
-            z1 = _row(ss, second + GROUPS, w)
-    return s0, z0, s1, z1
-
-
-@gluon.jit
-def _step_operands(s, z, FORMAT: gl.constexpr, SCALE: gl.constexpr, DTYPE: gl.constexpr):
-    """Scales and zero points as operands of the dequantization."""
-    ASM: gl.constexpr = fast_pairs_of_word(FORMAT, SCALE, DTYPE)
-    a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r,r", [s, z], (gl.int32, gl.int32, gl.int32), True, 1)
-    return gl.join(a, a), gl.join(b, b), gl.join(c, c)
-
-
-@gluon.jit
-def _operands(scales, GROUPS: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, DTYPE: gl.constexpr):
-    """Operands of the two steps of a chunk."""
-    s0, z0, s1, z1 = scales
-    a, b, c = _step_operands(s0, z0, FORMAT, SCALE, DTYPE)
-    d, e, f = a, b, c
-    if GROUPS == 8:
-        d, e, f = _step_operands(s1, z1, FORMAT, SCALE, DTYPE)
-    return a, b, c, d, e, f
-
-
-@gluon.jit
-def _pairs(
-    u, v, operands, GROUPS: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, CHUNK: gl.constexpr,
-    DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Words of the two steps of a chunk -> DTYPE [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; 2^`pairs_exponent` too
-    small."""
-    BITS: gl.constexpr = code_bits(FORMAT)
-    FIRST: gl.constexpr = 2 * CHUNK % (8 // BITS)  # steps in a word
-    SECOND: gl.constexpr = (2 * CHUNK + 1) % (8 // BITS)
-    a, b, c, d, e, f = operands
-    u = gl.join(u, u)  # an element for p = 0 and one for p = 1, which the assembly makes together
-    if BITS == 8 or GROUPS == 8:
-        C: gl.constexpr = "=r,=r,r,r,r,r,r,r,r,r"
-        v = gl.join(v, v)
-        ASM: gl.constexpr = fast_pairs(FORMAT, FIRST, 1, SCALE, DTYPE)
-        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
-        ASM2: gl.constexpr = fast_pairs(FORMAT, SECOND, 1, SCALE, DTYPE)
-        o2, o3 = gl.inline_asm_elementwise(ASM2, C, [v, d, e, f], (DTYPE.value, DTYPE.value), True, 2)
-    else:
-        ASM: gl.constexpr = fast_pairs(FORMAT, FIRST, 2, SCALE, DTYPE)
-        o0, o1, o2, o3 = gl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [u, a, b, c],
-            (DTYPE.value, DTYPE.value, DTYPE.value, DTYPE.value), True, 2,
-        )  # fmt: skip
-    return gl.permute(gl.join(gl.join(o0, o1), gl.join(o2, o3)), (0, 1, 2, 3, 4, 5, 7, 6))
-
-
 @gluon.jit
 def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
     """acc + a chunk of 128 k of the weight @ that of its half of a block of x [BM, 64]; acc, and the operand that may
@@ -373,7 +280,7 @@ def _consume_unit(
     WS: gl.constexpr,
 ):  # fmt: skip
     """w: the first words of this unit; returned: of the next one."""
-    GROUPS: gl.constexpr = _groups(GROUP)
+    GROUPS: gl.constexpr = groups_of(GROUP)
     BM: gl.constexpr = desc.block_shape[0]
     LX: gl.constexpr = desc.layout
     DTYPE: gl.constexpr = desc.dtype
@@ -384,19 +291,18 @@ def _consume_unit(
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
         w0, w1, w2, w3 = _step_words(w, FORMAT)
-        operands = _operands(_scales(ss, wi, w0, 0, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
-        t = _pairs(w0, w1, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
+        operands = operands_of(scales_of(ss, wi, w0, 0, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w0, w1, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
         block = _block(xs, xi, 0, BM, DTYPE, LX)
         acc, flying = _multiply(acc, flying, t, block, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
         if GROUPS > 2:
-            operands = _operands(_scales(ss, wi, w0, 1, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
-        t = _pairs(w2, w3, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
-        acc, flying = _multiply(acc, flying, t, block, 1, A)
+            operands = operands_of(scales_of(ss, wi, w0, 1, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
+        acc, flying = _multiply(acc, flying, pairs_of(w2, w3, operands, GROUPS, FORMAT, SCALE, 1, DTYPE), block, 1, A)
         if GROUPS > 1:
-            s2 = _scales(ss, wi, w0, 2, GROUPS, WS)
-            s3 = _scales(ss, wi, w0, 3, GROUPS, WS)
+            s2 = scales_of(ss, wi, w0, 2, GROUPS, WS)
+            s3 = scales_of(ss, wi, w0, 3, GROUPS, WS)
         fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
         thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
@@ -404,8 +310,8 @@ def _consume_unit(
         wi, wp = advance(wi, wp, WS)
         before = xi
         if GROUPS > 1:
-            operands = _operands(s2, GROUPS, FORMAT, SCALE, DTYPE)
-        t = _pairs(w4, w5, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
+            operands = operands_of(s2, GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w4, w5, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
         if BM == 128:
             xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
@@ -417,16 +323,14 @@ def _consume_unit(
         mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
         w = _words(ws, wi, 0, FORMAT)
         if GROUPS > 2:
-            operands = _operands(s3, GROUPS, FORMAT, SCALE, DTYPE)
-        t = _pairs(w6, w7, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
-        acc, flying = _multiply(acc, flying, t, block, 3, A)
+            operands = operands_of(s3, GROUPS, FORMAT, SCALE, DTYPE)
+        acc, flying = _multiply(acc, flying, pairs_of(w6, w7, operands, GROUPS, FORMAT, SCALE, 1, DTYPE), block, 3, A)
         xi, xp = advance(xi, xp, XS)
     if BM == 128:
         acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
-    if pairs_exponent(FORMAT, SCALE, DTYPE) > 0:
-        acc *= 2.0 ** pairs_exponent(FORMAT, SCALE, DTYPE)
+    acc *= 2.0 ** pairs_exponent(FORMAT, SCALE, DTYPE)
     _store(y_ptr, acc, row, rows, first_n, N)
     return xi, xp, wi, wp, w
 
@@ -476,7 +380,7 @@ def hopper_kernel(
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(gl.int32, [WS, 4, w_desc.block_shape[1], 8, 4, w_desc.block_shape[4]], w_desc.layout)
-    ss = gl.allocate_shared_memory(gl.int32, [WS * _scale_rows(FORMAT, SCALE, GROUP), 16, 8], s_desc.layout)
+    ss = gl.allocate_shared_memory(gl.int32, [WS * scale_rows(FORMAT, SCALE, GROUP), 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_full, x_empty = barriers(XS), barriers(XS)
     w_full, w_empty = barriers(WS), barriers(WS)
@@ -534,7 +438,7 @@ def _slots(fmt: str, scale: gl.dtype, group: int) -> tuple[int, int]:
     """Of x and of the weight, as many of x as there is room for."""
     bits = code_bits(fmt)
     x_slots, w_slots = SLOTS[bits]
-    room = SHARED - w_slots * (2048 * bits + 512 * _scale_rows(fmt, scale, group))
+    room = SHARED - w_slots * (2048 * bits + 512 * scale_rows(fmt, scale, group))
     return min(x_slots, room // 16384), w_slots
 
 
