@@ -5,8 +5,9 @@ A program is one producer warp and four consumer warps. The producer takes units
 the weight go to shared memory, several blocks ahead. The consumers dequantize words in registers, as left operands of
 matrix instructions; those of one step run while the next is dequantized. Two programs share a multiprocessor.
 
-Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k,
-with the scales of their groups.
+Blocks are 128 k. Slots of x hold up to 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x
+128 k, with the scales of their groups. A tile is computed in the smallest of the classes 16, 32, 64, 96, 128 that holds
+its rows. That of 96 is two boxes of x, of 64 and 32 rows: tensors have powers of two. They share each left operand.
 The first words of a block are loaded during the block before, those of a unit during the unit before: the producer ends
 with a block without words. Results have the bits of `prefill.py`.
 
@@ -139,9 +140,14 @@ def _produce(
     scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
-    if rows > 64:
+    if rows > 96:
         xi, xp, wi, wp = _produce_unit(
             (x128,), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
+        )  # fmt: skip
+    elif rows > 64:
+        xi, xp, wi, wp = _produce_unit(
+            (x64, x32), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 32:
@@ -432,9 +438,14 @@ def _consumer(
         row, rows, block_n = heard(infos, info_full, i, INFOS)
         first_n = block_n * 128
         i += 1
-        if rows > 64:
+        if rows > 96:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x128,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, GROUP, XS, WS,
+            )  # fmt: skip
+        elif rows > 64:
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, (x64, x32), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
                 first_n, N, K, FORMAT, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 32:
