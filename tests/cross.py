@@ -36,7 +36,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qexperts import FORMATS, QuantWeight
-from qexperts.kernels import between, config, decode, hopper_decode, permute, prefill, schedule
+from qexperts.kernels import between, config, decode, permute, prefill, schedule
 from qexperts.kernels.operand import operand
 
 TARGETS = {
@@ -58,8 +58,7 @@ class Build:
     """A kernel to compile.
 
     Attributes:
-        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts. Or
-            hopper-decode, see `test_cross_hopper_decode.py`.
+        kernel: one of `KERNELS`; decode-auto is what `phase="auto"` launches on NVIDIA where K is computed in parts.
         layout: "tiles", "public", "strided" (unquantized [E, N, K]) or "transposed" (memory order [E, K, N]).
         dtype, scales: of the activations and of the scales.
         group: group size; None for K.
@@ -170,9 +169,6 @@ def launch(build: Build) -> None:
     elif build.kernel == "prefill":
         c = config.prefill_config(w, dtype, nvidia)
         prefill.launch(y, x, w, tiles, EXPERTS, c, c.programs_per_sm * PROCESSORS, path)
-    elif build.kernel == "hopper-decode":
-        c = config.hopper_decode_config(w, EXPERTS if build.many else 8, PROCESSORS)
-        hopper_decode.launch(y, x, w, counts, c)
     else:
         slots, condition = (EXPERTS if build.many else 8), 2 if build.kernel == "decode-auto" else 0
         d = config.decode_config(w, nvidia, slots, PROCESSORS)

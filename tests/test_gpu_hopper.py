@@ -39,29 +39,31 @@ FULL = [
 ]
 CASES = [
     *(
-        Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, 128, dtype, why="all classes")
+        Case((70, 0, 16, 5, 130, 33, 300, 65, 80, 96, 97), 384, 1536, fmt, 128, dtype, why="all classes")
         for fmt in QUANTIZED
         for dtype in DTYPES
     ),
     *(
-        Case((7, 40, 20, 129), 256, 768, fmt, group, dtype, why="a block has several scales")
+        Case((7, 40, 20, 129, 90), 256, 768, fmt, group, dtype, why="a block has several scales")
         for fmt in QUANTIZED
         for group in (64, 32)
         for dtype in DTYPES
     ),
     *(
-        Case((7, 40, 20, 129), 256, 768, fmt, 16, dtype, why="each step of a block has a scale")
+        Case((7, 40, 20, 129, 90), 256, 768, fmt, 16, dtype, why="each step of a block has a scale")
         for fmt, dtype in zip(QUANTIZED, itertools.cycle(DTYPES), strict=False)
     ),
     *(
-        Case((70, 5, 20, 129), 256, 768, fmt, group, dtype, True, scale, why="scales of another dtype")
+        Case((70, 5, 20, 129, 90), 256, 768, fmt, group, dtype, True, scale, why="scales of another dtype")
         for fmt, dtype, scale, group in MIXED
     ),
-    *(Case((7, 40, 20, 129), 128, 512, fmt, 256, why="two blocks share a scale") for fmt in QUANTIZED),
-    *(Case((7, 40, 20, 129), 128, 384, fmt, None, why="one scale a row") for fmt in QUANTIZED),
+    *(Case((7, 40, 20, 129, 90), 128, 512, fmt, 256, why="two blocks share a scale") for fmt in QUANTIZED),
+    *(Case((7, 40, 20, 129, 90), 128, 384, fmt, None, why="one scale a row") for fmt in QUANTIZED),
     Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int4_sym", 128, why="fewer blocks than slots"),
     Case((70, 0, 16, 5, 130, 33, 300), 128, 128, "int8_sym", 128, why="fewer blocks than slots"),
-    Case((7, 40, 0, 20, 129, 250) * 6, 1536, 384, "int4_sym", 128, negative_scales=True, why="units follow each other"),
+    Case(
+        (7, 40, 90, 20, 129, 250) * 6, 1536, 384, "int4_sym", 128, negative_scales=True, why="units follow each other"
+    ),
     Case((0, 0, 0), 128, 256, "int4_sym", 128, why="no units"),
     *(Case((70, 0, 16, 5, 130, 33, 300), 384, 1536, fmt, None, dtype, why="all classes") for fmt, dtype in DENSE),
     *(Case((7, 40, 20, 129), 272, 80, fmt, None, dtype, why="parts of blocks") for fmt, dtype in DENSE),
@@ -106,7 +108,7 @@ def test_oracle_and_bits_of_the_triton_kernel(case: Case) -> None:
         assert_no_worse(y, i.oracle, i.peer, case.K)
 
 
-@pytest.mark.parametrize("rows", [(128, 64), (128, 16), (128,), (300, 100, 40, 20, 5)], ids=str)
+@pytest.mark.parametrize("rows", [(128, 64), (128, 16), (128,), (96, 65), (300, 100, 40, 20, 5, 81)], ids=str)
 @pytest.mark.parametrize(("fmt", "dtype", "scale", "group"), FULL, ids=str)
 def test_bits_where_the_machine_is_full(
     fmt: str, dtype: torch.dtype, scale: torch.dtype, group: int, rows: tuple[int, ...]

@@ -71,7 +71,7 @@ def _faster_scales(p: Problem) -> bool:
     """Whether that was measured with scales of such a dtype and such groups."""
     if p.scale_dtype != p.dtype:
         return p.group_size not in GROUPS or (p.dtype, p.scale_dtype) == (torch.bfloat16, torch.float16)
-    return p.group_size not in GROUPS or p.group_size == 16 and p.format.bits < 8
+    return p.group_size not in GROUPS or (p.group_size == 16 and p.format.bits < 8)
 
 
 @functools.cache

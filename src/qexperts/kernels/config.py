@@ -14,18 +14,14 @@ import torch
 import triton.language as tl
 
 from ..formats import FORMATS
-from ..layouts import tile_k
 from ..tuning import DTYPES, Case, Choice, bucket
 from .operand import Operand, tl_dtype
 
 __all__ = [
-    "HOPPER_DECODE_MAX_K",
     "DecodeConfig",
-    "HopperDecodeConfig",
     "PrefillConfig",
     "case_of",
     "decode_config",
-    "hopper_decode_config",
     "prefill_config",
     "valid",
 ]
@@ -73,27 +69,6 @@ class DecodeConfig(Choice):
     }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class HopperDecodeConfig:
-    """Sizes of `hopper_decode.py`.
-
-    Attributes:
-        parts: of K, one a warp: a power of two.
-        tiles: of a part.
-        registers: of a thread at most.
-        resident: programs that run at a time, each with an equal share of the panels.
-        programs: with those that follow where one of these has ended, and share the last
-        tail: panels of this many.
-    """
-
-    parts: int
-    tiles: int
-    registers: int
-    resident: int
-    programs: int
-    tail: int = 8
-
-
 def prefill_config(w: Operand, dtype: torch.dtype, nvidia: bool) -> PrefillConfig:
     """Sizes of a prefill with this weight and activations of this dtype.
 
@@ -138,27 +113,6 @@ def decode_config(w: Operand, nvidia: bool, slots: int, processors: int) -> Deco
     if bits == 4 and public and parts == 1:
         return DecodeConfig(128, 128, 3, unroll=2)
     return DecodeConfig(128, 128, 3 if parts > 1 else 4, parts=parts, halves=bits == 2)
-
-
-_MAX_PARTS, _PART_K = 16, 512  # x of more k does not stay in registers
-HOPPER_DECODE_MAX_K = _MAX_PARTS * _PART_K
-
-
-def hopper_decode_config(w: Operand, slots: int, processors: int) -> HopperDecodeConfig:
-    """Sizes for a weight and at most so many blocks of rows.
-
-    A multiprocessor holds 16 warps of 128 registers. More panels on the way than one a program made it slower, by up to
-    9% with 2-bit codes. Not all multiprocessors read equally fast: of many panels of less than 8 bits the last are for
-    those that come to them first.
-    """
-    parts = 1
-    while parts * _PART_K < w.K:
-        parts *= 2
-    resident = min(_MAX_PARTS // parts, 8) * processors
-    bits = FORMATS[w.format].bits
-    late = bits < 8 and slots * (w.N // 16) >= 32 * resident
-    tiles = -(-w.K // (parts * tile_k(bits, w.K)))
-    return HopperDecodeConfig(parts, tiles, 128, resident, 2 * resident if late else resident)
 
 
 def _splits(k: int, group: int, parts: int, unit: int) -> bool:

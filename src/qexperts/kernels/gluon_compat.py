@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["async_load", "reinterpret", "thread_barrier", "tma_load"]
+__all__ = ["reinterpret", "thread_barrier", "tma_load"]
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-# to shared memory, by the threads themselves
-async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 

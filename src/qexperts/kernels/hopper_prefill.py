@@ -5,8 +5,9 @@ A program is one producer warp and four consumer warps. The producer takes units
 the weight go to shared memory, several blocks ahead. The consumers dequantize words in registers, as left operands of
 matrix instructions; those of one step run while the next is dequantized. Two programs share a multiprocessor.
 
-Blocks are 128 k. Slots of x hold 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x 128 k,
-with the scales of their groups.
+Blocks are 128 k. Slots of x hold up to 128 rows x 64 k, or up to 64 rows x 128 k; slots of the weight 128 rows x
+128 k, with the scales of their groups. A tile is computed in the smallest of the classes 16, 32, 64, 96, 128 that holds
+its rows. That of 96 is two boxes of x, of 64 and 32 rows: tensors have powers of two. They share each left operand.
 The first words of a block are loaded during the block before, those of a unit during the unit before: the producer ends
 with a block without words. Results have the bits of `prefill.py`.
 
@@ -14,7 +15,8 @@ Of 128 rows of the weight, row 32 warp + 16 lh1 + 8 lh2 + 4 lh0 + 2 rep + rh is 
 operand. So the results that a thread has of a row of x are neighbours and are stored as they are, its scales are one
 load, and the copy engine can put rows that differ in rep and rh far apart: lanes then read words from other banks.
 Glossary: rep, warp, rh, lh (lh0, lh1, lh2 its bits) as above; m row of x, n of the weight; b block of 64 k, q lane of a
-fragment, J words of a lane; s, h, p of a code as in `dequant.py`; chunk 32 k.
+fragment, J words of a lane; s, h, p of a code as in `dequant.py`; chunk 32 k; descs a class, the descriptors of its
+boxes; boxes those of 64 k in shared memory; sums one of each.
 """
 
 from __future__ import annotations
@@ -73,45 +75,60 @@ def _result_layout(rows):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+@triton.constexpr_function
+def _rows(descs):  # type: ignore[no-untyped-def]
+    """Rows of a class; more than 64 take a slot of x for each half of a block."""
+    return sum(desc.block_shape[0] for desc in descs)
+
+
+@gluon.jit
+def _box(desc, xs, xi, ROW: gl.constexpr):
+    """Rows from ROW on of a slot of x: [BM, 64]."""
+    BM: gl.constexpr = desc.block_shape[0]
+    LX: gl.constexpr = desc.layout
+    return reinterpret(xs.index(xi), desc.dtype, [128 // BM, BM, 64], LX).index(ROW // BM)
+
+
+@gluon.jit
+def _boxes(descs, xs, xi, HALF: gl.constexpr):
+    """Half a block of x in a slot: [BM, 64] for each of descs."""
+    ROW: gl.constexpr = 64 * HALF if _rows(descs) <= 64 else 0
+    boxes = ()
+    for i in gl.static_range(len(descs)):
+        boxes += (_box(descs[i], xs, xi, ROW + i * descs[0].block_shape[0]),)
+    return boxes
+
+
 @gluon.jit
 def _produce_unit(
-    desc, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
+    descs, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
     N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. END - 1 of a unit."""
-    BM: gl.constexpr = desc.block_shape[0]
-    LX: gl.constexpr = desc.layout
+    ROWS: gl.constexpr = _rows(descs)
     HALVES: gl.constexpr = w_desc.block_shape[1]  # of a block: places of a row's words
     GROUPS: gl.constexpr = groups_of(GROUP)
-    ROWS: gl.constexpr = ss.shape[0] // WS  # in a slot: of scales and, if these lie apart, of zero points
+    PARTS: gl.constexpr = ss.shape[0] // (WS * GROUPS)  # scales and, if these lie apart, zero points
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.expect(w_full.index(wi), 512 * (HALVES * w_desc.block_shape[4] + ROWS))
+        mbarrier.expect(w_full.index(wi), 512 * (HALVES * w_desc.block_shape[4] + PARTS * GROUPS))
         tma_load(w_desc, [0, k * HALVES, panel, 0, 0], w_full.index(wi), ws.index(wi))
         for g in gl.static_range(GROUPS):
             group = k // (GROUP // 128) if GROUPS == 1 else k * GROUPS + g
-            for part in gl.static_range(ROWS // GROUPS):
-                to = ss.index(wi * ROWS + part * GROUPS + g)
+            for part in gl.static_range(PARTS):
+                to = ss.index((wi * PARTS + part) * GROUPS + g)
                 tma_load(s_descs[part], [scale_row + group * (N // 8), 0], w_full.index(wi), to)
         wi, wp = advance(wi, wp, WS)
-        if BM == 128:
-            for h in gl.static_range(2):
+        for h in gl.static_range(2):
+            if h == 0 or ROWS > 64:
                 mbarrier.wait(x_empty.index(xi), xp ^ 1)
-                mbarrier.expect(x_full.index(xi), 16384)
-                tma_load(
-                    desc,
-                    [row, k * 128 + 64 * h],
-                    x_full.index(xi),
-                    reinterpret(xs.index(xi), desc.dtype, [BM, 64], LX),
-                )
+                mbarrier.expect(x_full.index(xi), ROWS * (128 if ROWS > 64 else 256))
+            boxes = _boxes(descs, xs, xi, h)
+            for i in gl.static_range(len(descs)):
+                first = row + i * descs[0].block_shape[0]
+                tma_load(descs[i], [first, k * 128 + 64 * h], x_full.index(xi), boxes[i])
+            if h == 1 or ROWS > 64:
                 xi, xp = advance(xi, xp, XS)
-        else:
-            mbarrier.wait(x_empty.index(xi), xp ^ 1)
-            mbarrier.expect(x_full.index(xi), BM * 256)
-            both = reinterpret(xs.index(xi), desc.dtype, [128 // BM, BM, 64], LX)
-            tma_load(desc, [row, k * 128], x_full.index(xi), both.index(0))
-            tma_load(desc, [row, k * 128 + 64], x_full.index(xi), both.index(1))
-            xi, xp = advance(xi, xp, XS)
     return xi, xp, wi, wp
 
 
@@ -121,25 +138,30 @@ def _produce(
     panel, scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
-    if rows > 64:
+    if rows > 96:
         xi, xp, wi, wp = _produce_unit(
-            x128, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, GROUP, FIRST, END, XS, WS,
+            (x128,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
+        )  # fmt: skip
+    elif rows > 64:
+        xi, xp, wi, wp = _produce_unit(
+            (x64, x32), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 32:
         xi, xp, wi, wp = _produce_unit(
-            x64, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, GROUP, FIRST, END, XS, WS,
+            (x64,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 16:
         xi, xp, wi, wp = _produce_unit(
-            x32, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, GROUP, FIRST, END, XS, WS,
+            (x32,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     else:
         xi, xp, wi, wp = _produce_unit(
-            x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
-            N, GROUP, FIRST, END, XS, WS,
+            (x16,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     return xi, xp, wi, wp
 
@@ -220,42 +242,55 @@ def _step_words(w, FORMAT: gl.constexpr):
     return w0, w1, w2, w3
 
 
+@triton.constexpr_function
+def _mma(rows):  # type: ignore[no-untyped-def]
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, rows, 16])
+
+
 @gluon.jit
-def _multiply(acc, flying, t, block, CHUNK: gl.constexpr, A: gl.constexpr):
-    """acc + a chunk of 128 k of the weight @ that of its half of a block of x [BM, 64]; acc, and the operand that may
-    still be read: until then the compiler must not write over its registers."""
+def _zeros(desc):
+    BM: gl.constexpr = desc.block_shape[0]
+    return gl.zeros((128, BM), gl.float32, _mma(BM))
+
+
+@gluon.jit
+def _issue(sums, operand, boxes, K0: gl.constexpr):
+    """sums + operand @ its k of boxes, from K0 on: a group of instructions for each."""
+    issued = ()
+    for i in gl.static_range(len(sums)):
+        box = boxes[i].slice(K0, operand.shape[1], 1).permute((1, 0))
+        issued += (warpgroup_mma(operand, box, sums[i], is_async=True),)
+    return issued
+
+
+@gluon.jit
+def _wait(sums, operands, NEWEST: gl.constexpr):
+    """Until only so many of the newest operands are read; the compiler must not write over these operands before."""
+    return warpgroup_mma_wait(NEWEST * len(sums), deps=sums + operands)[: len(sums)]
+
+
+@gluon.jit
+def _multiply(sums, flying, t, boxes, CHUNK: gl.constexpr, A: gl.constexpr):
+    """sums + a chunk of 128 k of the weight @ that of its half of a block of x; sums, and the operand that may still be
+    read."""
     K0: gl.constexpr = 32 * (CHUNK % 2)
     if flying.shape[1] == 32:
         operand = gl.reshape(gl.permute(t, (0, 1, 2, 3, 6, 7, 4, 5)), (128, 32))
         operand = gl.convert_layout(operand, A, assert_trivial=True)
-        acc = warpgroup_mma(operand, block.slice(K0, 32, 1).permute((1, 0)), acc, is_async=True)
-        if CHUNK == 0:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-        elif CHUNK < 3:
-            acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
-        else:  # registers of one that flies from round to round are taken from the loops of all classes
-            acc, flying, operand = warpgroup_mma_wait(0, deps=(acc, flying, operand))
+        sums = _issue(sums, operand, boxes, K0)
+        if CHUNK == 3:  # registers of one that flies from round to round are taken from the loops of all classes
+            sums = _wait(sums, (flying, operand), 0)
+        elif CHUNK > 0:
+            sums = _wait(sums, (flying,), 1)
         flying = operand
     else:  # two operands of 32 k would take more registers than there are beside the sums
         first, second = gl.split(gl.permute(t, (0, 1, 2, 3, 7, 4, 5, 6)))
         first = gl.convert_layout(gl.reshape(first, (128, 16)), A, assert_trivial=True)
         second = gl.convert_layout(gl.reshape(second, (128, 16)), A, assert_trivial=True)
-        acc = warpgroup_mma(first, block.slice(K0, 16, 1).permute((1, 0)), acc, is_async=True)
-        acc, flying = warpgroup_mma_wait(1, deps=(acc, flying))
-        acc = warpgroup_mma(second, block.slice(K0 + 16, 16, 1).permute((1, 0)), acc, is_async=True)
-        acc, first = warpgroup_mma_wait(1, deps=(acc, first))
+        sums = _wait(_issue(sums, first, boxes, K0), (flying,), 1)
+        sums = _wait(_issue(sums, second, boxes, K0 + 16), (first,), 1)
         flying = second
-    return acc, flying
-
-
-@gluon.jit
-def _block(xs, xi, HALF: gl.constexpr, BM: gl.constexpr, DTYPE: gl.constexpr, LX: gl.constexpr):
-    """64 k of a slot of x: [BM, 64]."""
-    if BM == 128:
-        block = reinterpret(xs.index(xi), DTYPE, [BM, 64], LX)
-    else:
-        block = reinterpret(xs.index(xi), DTYPE, [128 // BM, BM, 64], LX).index(HALF)
-    return block
+    return sums, flying
 
 
 @gluon.jit
@@ -275,31 +310,30 @@ def _store(y_ptr, acc, row, rows, first_n, N: gl.constexpr):
 
 @gluon.jit
 def _consume_unit(
-    y_ptr, desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
+    y_ptr, descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
     """w: the first words of this unit; returned: of the next one."""
     GROUPS: gl.constexpr = groups_of(GROUP)
-    BM: gl.constexpr = desc.block_shape[0]
-    LX: gl.constexpr = desc.layout
-    DTYPE: gl.constexpr = desc.dtype
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    acc = gl.zeros((128, BM), gl.float32, MMA)
-    flying = gl.zeros((128, 16 if BM == 128 else 32), DTYPE, A)
+    WIDE: gl.constexpr = _rows(descs) > 64
+    DTYPE: gl.constexpr = descs[0].dtype
+    A: gl.constexpr = gl.DotOperandLayout(0, _mma(descs[0].block_shape[0]), 2)
+    sums = [_zeros(desc) for desc in descs]
+    flying = gl.zeros((128, 16 if WIDE else 32), DTYPE, A)
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
         w0, w1, w2, w3 = _step_words(w, FORMAT)
         operands = operands_of(scales_of(ss, wi, w0, 0, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
         t = pairs_of(w0, w1, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 0, BM, DTYPE, LX)
-        acc, flying = _multiply(acc, flying, t, block, 0, A)
+        boxes = _boxes(descs, xs, xi, 0)
+        sums, flying = _multiply(sums, flying, t, boxes, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
         if GROUPS > 2:
             operands = operands_of(scales_of(ss, wi, w0, 1, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
-        acc, flying = _multiply(acc, flying, pairs_of(w2, w3, operands, GROUPS, FORMAT, SCALE, 1, DTYPE), block, 1, A)
+        t = pairs_of(w2, w3, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
+        sums, flying = _multiply(sums, flying, t, boxes, 1, A)
         if GROUPS > 1:
             s2 = scales_of(ss, wi, w0, 2, GROUPS, WS)
             s3 = scales_of(ss, wi, w0, 3, GROUPS, WS)
@@ -312,26 +346,28 @@ def _consume_unit(
         if GROUPS > 1:
             operands = operands_of(s2, GROUPS, FORMAT, SCALE, DTYPE)
         t = pairs_of(w4, w5, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
-        if BM == 128:
+        if WIDE:
             xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
-        block = _block(xs, xi, 1, BM, DTYPE, LX)
-        acc, flying = _multiply(acc, flying, t, block, 2, A)
-        if BM == 128:
+        boxes = _boxes(descs, xs, xi, 1)
+        sums, flying = _multiply(sums, flying, t, boxes, 2, A)
+        if WIDE:
             mbarrier.arrive(x_empty.index(before), count=1)
             before = xi
         mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
         w = _words(ws, wi, 0, FORMAT)
         if GROUPS > 2:
             operands = operands_of(s3, GROUPS, FORMAT, SCALE, DTYPE)
-        acc, flying = _multiply(acc, flying, pairs_of(w6, w7, operands, GROUPS, FORMAT, SCALE, 1, DTYPE), block, 3, A)
+        t = pairs_of(w6, w7, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
+        sums, flying = _multiply(sums, flying, t, boxes, 3, A)
         xi, xp = advance(xi, xp, XS)
-    if BM == 128:
-        acc, flying = warpgroup_mma_wait(0, deps=(acc, flying))
+    if WIDE:
+        sums = _wait(sums, (flying,), 0)
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
-    acc *= 2.0 ** pairs_exponent(FORMAT, SCALE, DTYPE)
-    _store(y_ptr, acc, row, rows, first_n, N)
+    for i in gl.static_range(len(descs)):
+        acc, first = sums[i] * 2.0 ** pairs_exponent(FORMAT, SCALE, DTYPE), i * descs[0].block_shape[0]
+        _store(y_ptr, acc, row + first, rows - first, first_n, N)
     return xi, xp, wi, wp, w
 
 
@@ -350,24 +386,29 @@ def _consumer(
         row, rows, block_n = heard(infos, info_full, i, INFOS)
         first_n = block_n * 128
         i += 1
-        if rows > 64:
+        if rows > 96:
             xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, x128, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                y_ptr, (x128,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
+            )  # fmt: skip
+        elif rows > 64:
+            xi, xp, wi, wp, w = _consume_unit(
+                y_ptr, (x64, x32), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
                 first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 32:
             xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, x64, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                y_ptr, (x64,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
                 first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 16:
             xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, x32, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                y_ptr, (x32,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
                 first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 0:
             xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, x16, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
+                y_ptr, (x16,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
                 first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
 
