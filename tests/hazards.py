@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["overwritten"]
+__all__ = ["overwritten", "spilled"]
 
 Line = tuple[int, str]  # address, instruction
 
@@ -20,12 +20,25 @@ _NO_RESULT = ("ST", "RED", "ATOM", "LDGSTS", "BAR", "R2UR", "ISETP", "FSETP", "P
 
 def overwritten(sass: str) -> list[str]:
     """Instructions in innermost loops that write a register of a left operand in flight, in the text of cuobjdump."""
+    return [line for body in _innermost(sass) for line in _in_loop(body)]
+
+
+def spilled(sass: str) -> list[str]:
+    """Instructions in innermost loops that move registers to and from memory.
+
+    What reaches from a multiplication to a copy of the producer is no loop: retries of a wait, which jump back to it,
+    may stand behind the whole program.
+    """
+    bodies = (body for body in _innermost(sass) if not any("UTMALDG" in text for _, text in body))
+    return [text for body in bodies for _, text in body if re.search(r"\b(STL|LDL)\b", text)]
+
+
+def _innermost(sass: str) -> Iterator[list[Line]]:
+    """Bodies of loops that multiply and have no such loop in them."""
     lines = [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    found = []
     for body in _loops(lines):
         if not any(True for _ in _loops(body[:-1])):
-            found += _in_loop(body)
-    return found
+            yield body
 
 
 def _loops(lines: list[Line]) -> Iterator[list[Line]]:

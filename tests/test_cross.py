@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from cross import BETWEEN, KERNELS, TARGETS, Build, compile_launch, compiled, full_matrix, problem
-from hazards import overwritten
+from hazards import overwritten, spilled
 
 FAMILIES = ("int8_sym", "int4_sym", "int2_sym", "fp8_e4m3")
 GEMMS = ("prefill", "decode", "decode-auto")
@@ -82,6 +82,12 @@ LOOP = """
 def test_an_operand_in_flight_that_is_overwritten_is_found(first: int, left: str, bad: int) -> None:
     """Two groups a round; `left` of them may run on into the next, where two registers from `first` are loaded."""
     assert len(overwritten(LOOP.format(first=first, left=left))) == bad
+
+
+@pytest.mark.parametrize(("inside", "found"), [("LDL R0, [R1]", 1), ("LDL R0, [R1] ;\n /*0106*/ UTMALDG.2D [UR8]", 0)])
+def test_a_register_spilled_in_a_loop_is_found(inside: str, found: int) -> None:
+    loop = LOOP.format(first=50, left="0x0").replace("/*0110*/", f"/*0104*/  {inside} ;\n /*0110*/")
+    assert len(spilled(loop)) == found and not spilled(LOOP.format(first=50, left="0x0"))
 
 
 def test_full_matrix_names_each_build_once() -> None:
