@@ -53,6 +53,12 @@ def test_sm_90(build: Build) -> None:
     assert not problem(result), f"{build.why}: {problem(result)}"
 
 
+def test_scales_in_bf16_are_not_rounded_to_fp16() -> None:
+    """LLVM narrows the product of a widened fp16 and a widened bf16 that is rounded to fp16, if it sees all three."""
+    ptx = compile_launch(Build("decode", dtype="fp16", scales="bf16")).asm["ptx"]
+    assert "mul.f32" in ptx and "mul.f16" not in ptx
+
+
 @pytest.mark.parametrize("build", ELSEWHERE, ids=str)
 def test_other_targets(build: Build) -> None:
     kernel = compile_launch(build)

@@ -31,26 +31,32 @@ class Placed(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("fmt", "dtype", "group", "k"),
+    ("fmt", "dtype", "scales", "group", "k"),
     [
-        ("int4_sym", "bf16", 128, 1536), ("int4_sym", "bf16", 128, 3072), ("int4_asym", "bf16", 128, 1536),
-        ("int2_sym", "bf16", 128, 1536), ("int2_asym", "bf16", 128, 3072), ("int8_sym", "bf16", 128, 1536),
-        ("int8_asym", "bf16", 128, 3072), ("fp8_e4m3", "bf16", 128, 3072), ("fp8_e5m2", "bf16", 128, 1536),
-        ("int4_sym", "fp16", 128, 1536), ("int4_asym", "fp16", 128, 3072), ("int2_asym", "fp16", 128, 1536),
-        ("int8_asym", "fp16", 128, 1536), ("fp8_e4m3", "fp16", 128, 1536), ("int4_asym", "bf16", 64, 1536),
-        ("int4_sym", "bf16", 32, 1536), ("int2_asym", "bf16", 32, 3072), ("int8_sym", "bf16", 32, 1536),
-        ("int4_asym", "fp16", 32, 1536), ("bf16", "bf16", None, 1536), ("fp16", "fp16", None, 3072),
+        ("int4_sym", "bf16", "bf16", 128, 1536), ("int4_sym", "bf16", "bf16", 128, 3072),
+        ("int4_asym", "bf16", "bf16", 128, 1536), ("int2_sym", "bf16", "bf16", 128, 1536),
+        ("int2_asym", "bf16", "bf16", 128, 3072), ("int8_sym", "bf16", "bf16", 128, 1536),
+        ("int8_asym", "bf16", "bf16", 128, 3072), ("fp8_e4m3", "bf16", "bf16", 128, 3072),
+        ("fp8_e5m2", "bf16", "bf16", 128, 1536), ("int4_sym", "fp16", "fp16", 128, 1536),
+        ("int4_asym", "fp16", "fp16", 128, 3072), ("int2_asym", "fp16", "fp16", 128, 1536),
+        ("int8_asym", "fp16", "fp16", 128, 1536), ("fp8_e4m3", "fp16", "fp16", 128, 1536),
+        ("int4_asym", "bf16", "bf16", 64, 1536), ("int4_sym", "bf16", "bf16", 32, 1536),
+        ("int2_asym", "bf16", "bf16", 32, 3072), ("int8_sym", "bf16", "bf16", 32, 1536),
+        ("int4_asym", "fp16", "fp16", 32, 1536), ("bf16", "bf16", "bf16", None, 1536),
+        ("fp16", "fp16", "fp16", None, 3072), ("int4_asym", "bf16", "fp16", 128, 1536),
+        ("fp8_e4m3", "bf16", "fp32", 128, 3072), ("int8_asym", "fp16", "fp32", 16, 1536),
+        ("int2_sym", "bf16", "bf16", 16, 1536),
     ],
 )  # fmt: skip
-def test_compiles_for_sm_90(fmt: str, dtype: str, group: int | None, k: int) -> None:
+def test_compiles_for_sm_90(fmt: str, dtype: str, scales: str, group: int | None, k: int) -> None:
     quantized = FORMATS[fmt].quantized
     if quantized:
         module, fn, warps = hopper_prefill, hopper_prefill.hopper_kernel, 4
     else:
         module, fn, warps = hopper_dense, hopper_dense.dense_kernel, hopper_dense.WARPS
     layout = "tiles" if quantized else "strided"
-    w = operand(meta_weight(Build("prefill", format=fmt, layout=layout, scales=dtype, group=group, k=k)))
-    w = w._replace(w=w.w.as_subclass(Placed), s=w.s.as_subclass(Placed))
+    w = operand(meta_weight(Build("prefill", format=fmt, layout=layout, scales=scales, group=group, k=k)))
+    w = w._replace(**{t: getattr(w, t).as_subclass(Placed) for t in "wsz"})
     x = torch.empty(4096, k, dtype=DTYPES[dtype], device="meta").as_subclass(Placed)
     y = torch.empty(4096, w.N, dtype=DTYPES[dtype], device="meta")
     tiles = torch.empty(schedule.size(4096, 256), dtype=torch.int32, device="meta")

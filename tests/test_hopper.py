@@ -51,14 +51,16 @@ def sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"K": 192}, "N=256 K=192 are not multiples of 128"),
         ({"group_size": 64}, None),
         ({"group_size": 32}, None),
-        ({"group_size": 16}, "group_size=16; it has kernels for 32, 64, multiples of 128, and K"),
+        ({"group_size": 16}, None),
+        ({"group_size": 48}, "group_size=48; it has kernels for 16, 32, 64, multiples of 128, and K"),
         ({"group_size": 384}, None),
         ({"K": 512, "group_size": 256}, None),
         ({"group_size": None, "scale_layout": "tensor"}, None),
         ({"dtype": torch.float16, "scale_dtype": torch.float16}, None),
         ({"dtype": torch.float32, "scale_dtype": torch.float32}, "takes bf16 or fp16 activations"),
-        ({"dtype": torch.float16}, "takes scales of the activations' dtype; they are torch.bfloat16"),
-        ({"scale_dtype": torch.float32}, "takes scales of the activations' dtype; they are torch.float32"),
+        ({"dtype": torch.float16}, None),
+        ({"scale_dtype": torch.float16}, None),
+        ({"scale_dtype": torch.float32}, None),
         ({"wide": True}, "returns the dtype of the activations, not fp32"),
         (BF16, None),
         ({**BF16, "format": FORMATS["fp16"], "dtype": torch.float16, "N": 208, "K": 80}, None),
@@ -106,6 +108,12 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"N": 192}, "triton"),
         (BF16, "triton"),
         ({"group_size": 32}, "triton"),
+        ({"group_size": 16}, "hopper"),
+        ({"group_size": 16, "format": FORMATS["int8_sym"]}, "triton"),
+        ({"scale_dtype": torch.float16, "group_size": 32}, "hopper"),
+        ({"scale_dtype": torch.float32}, "hopper"),
+        ({"scale_dtype": torch.float32, "group_size": 32}, "triton"),
+        ({"dtype": torch.float16}, "hopper"),
         ({"dtype": torch.float16, "scale_dtype": torch.float16}, "hopper"),
         ({**BF16, "code_order": "columns"}, "triton"),
     ],
@@ -157,8 +165,8 @@ def test_a_weight_prepared_for_one_backend_serves_the_other(sm_90: None) -> None
 
 
 def test_prepare_says_why_a_layout_of_its_own_does_not_help(sm_90: None) -> None:
-    weight = quantize(torch.randn(2, 128, 256).bfloat16(), "int4_sym", group_size=16)
-    with pytest.raises(UnsupportedError, match="hopper: group_size=16"):
+    weight = quantize(torch.randn(2, 192, 256).bfloat16(), "int4_sym", group_size=16)
+    with pytest.raises(UnsupportedError, match="hopper: N=192"):
         prepare(weight, "hopper")
 
 
@@ -175,8 +183,10 @@ class Kernel:
         return lambda *args, **options: self.calls.append((grid, args, options))
 
 
-def tensors(fmt: str = "int4_sym", rows: int = 70, n: int = 128, k: int = 256) -> tuple[Any, ...]:
-    i = make_inputs(Case((rows - 6, 6), n, k, fmt, 128))
+def tensors(
+    fmt: str = "int4_sym", scale: torch.dtype | None = None, rows: int = 70, n: int = 128, k: int = 256
+) -> tuple[Any, ...]:
+    i = make_inputs(Case((rows - 6, 6), n, k, fmt, 128, scale_dtype=scale))
     w = operand(prepare_tiles(i.weight) if FORMATS[fmt].quantized else i.weight)
     tiles = torch.zeros(schedule.size(rows, 2), dtype=torch.int32)
     return torch.empty(rows, n, dtype=torch.bfloat16), i.x, w, tiles
@@ -189,14 +199,18 @@ def prepare_tiles(weight: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "module", "programs", "warps"),
-    [("int4_sym", hopper_prefill, 10, 4), ("bf16", hopper_dense, 5, 8)],
+    ("fmt", "scale", "module", "programs", "warps"),
+    [
+        ("int4_sym", None, hopper_prefill, 10, 4),
+        ("int4_asym", torch.float32, hopper_prefill, 10, 4),
+        ("bf16", None, hopper_dense, 5, 8),
+    ],
 )
 def test_a_bound_launch_passes_what_the_kernel_itself_would_take(
-    fmt: str, module: Any, programs: int, warps: int, monkeypatch: pytest.MonkeyPatch
+    fmt: str, scale: torch.dtype | None, module: Any, programs: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of other tensors of the kind, and holds none of those that it was bound with."""
-    kernel, first, second = Kernel(), tensors(fmt), tensors(fmt)
+    kernel, first, second = Kernel(), tensors(fmt, scale), tensors(fmt, scale)
     monkeypatch.setattr(module._LAUNCH, "kernel", kernel)
     y, x, w, tiles = first
     launch = module.bind(y, x, w, tiles, 2, 5)
@@ -242,9 +256,10 @@ def test_what_the_copy_engine_cannot_read_goes_through_triton(monkeypatch: pytes
         hopper_backend.PREFILL.bind(y, given, w, 2)(y, given, *rest)
         assert went.pop() == expected, (given.stride(), given.storage_offset())
     call = hopper_backend.PREFILL.bind(y, x, w, 2)
-    for given in (rest, (w.w.flatten()[4:], *rest[1:]), (w.w, w.s.flatten()[1:], *rest[2:]), rest):
+    moved = w.s.flatten()[1:]
+    for given in (rest, (w.w.flatten()[4:], *rest[1:]), (w.w, moved, *rest[2:]), (w.w, w.s, moved, tiles), rest):
         call(y, x, *given)
-    assert went == ["gluon", "triton", "triton", "gluon"]
+    assert went == ["gluon", "triton", "triton", "triton", "gluon"]
     y, x, w, tiles = tensors("bf16")
     n, k = w.N, w.K
     memory = torch.zeros(2 * n * (k + 8), dtype=x.dtype)

@@ -49,6 +49,7 @@ class Case:
         rows: rows of each expert; E = len(rows).
         N, K, group_size: sizes; group_size None stands for K.
         negative_scales: flip the sign of about half the scales (and of the codes' meaning), as real exports have it.
+        scale_dtype: None stands for the activation dtype, as the tensor-level API wants it.
     """
 
     rows: tuple[int, ...]
@@ -58,6 +59,7 @@ class Case:
     group_size: int | None = 128
     dtype: torch.dtype = torch.bfloat16
     negative_scales: bool = False
+    scale_dtype: torch.dtype | None = None
     why: str = ""
 
     @property
@@ -67,6 +69,8 @@ class Case:
     def __str__(self) -> str:
         rows = ",".join(map(str, self.rows)) if len(self.rows) <= 8 else f"{len(self.rows)} experts"
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.scale_dtype not in (None, self.dtype):
+            dtype += "-scales-" + str(self.scale_dtype).removeprefix("torch.")
         return f"{self.format}-{dtype}-N{self.N}-K{self.K}-G{self.group_size or 'K'}-[{rows}]"
 
 
@@ -103,11 +107,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Random tensors for a case; the scales are in the activation dtype, as the tensor-level API wants them."""
+    """Random tensors for a case."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(case.rows), case.K, generator=generator).to(case.dtype)
     dense = torch.randn(case.E, case.N, case.K, generator=generator).mul_(case.K**-0.5).to(case.dtype)
-    weight = quantize(dense, case.format, group_size=case.group_size or case.K)
+    weight = quantize(dense, case.format, group_size=case.group_size or case.K, scale_dtype=case.scale_dtype)
     if case.negative_scales and weight.scales is not None:
         flip = torch.randint(0, 2, weight.scales.shape, generator=generator).bool()
         weight.scales[flip] *= -1

@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "both",
     "code_bits",
     "code_value",
     "dequant_words",
+    "fast_assembly",
     "fast_exponent",
     "fast_operands",
-    "fast_pairs",
-    "fast_pairs_of_word",
+    "fast_operands_assembly",
     "fast_words",
     "is_asym",
     "round_to",
@@ -40,7 +41,7 @@ __all__ = [
 
 
 @triton.constexpr_function
-def _both(value: float, bf16: bool) -> str:
+def both(value: float, bf16: bool) -> str:
     """A bf16 or fp16 value, representable, in both halves of a register."""
     sign, mantissa, exponent = (0x8000 if value < 0 else 0), abs(value), 0
     while mantissa >= 2:
@@ -74,13 +75,13 @@ def _nibbles(bits: int, bf16: bool, asym: bool, scaled: bool) -> str:
         lines.append(f"lop3.b32 r, m, {mask << low:#x}, {head ^ (offset << low) * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
         z = f"${word + 1 + i // 2 + (steps if scaled else 0)}"  # -(m + zero)
         if not asym:
-            lines.append(f"mov.b32 z, {_both(-(magic / f + offset), bf16)};")
+            lines.append(f"mov.b32 z, {both(-(magic / f + offset), bf16)};")
         elif low:
-            lines.append(f"mov.b32 f, {_both(1.0, bf16)}; mov.b32 g, {_both(magic - magic / f, bf16)};")
+            lines.append(f"mov.b32 f, {both(1.0, bf16)}; mov.b32 g, {both(magic - magic / f, bf16)};")
             lines.append(f"fma.rn.{t} z, {z}, f, g;")
         else:
             lines.append(f"mov.b32 z, {z};")
-        lines.append(f"mov.b32 f, {_both(1 / f, bf16)}; fma.rn.{t} r, r, f, z;")
+        lines.append(f"mov.b32 f, {both(1 / f, bf16)}; fma.rn.{t} r, r, f, z;")
         if scaled:
             lines.append(f"fma.rn.{t} r, r, ${word + 1 + i // 2}, none;")
         lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
@@ -154,37 +155,50 @@ def fast_exponent() -> int:
 
 
 @triton.constexpr_function
-def _fast_operands(fmt: str, bf16: bool = True) -> str:
+def fast_operands_assembly(fmt: str, bf16: bool = True) -> str:
     """$0, $1: scales of a code that starts at bit 0, at bit 4; $2: addend; from $3: s; $4: z, of `scale_operand` and
     `zero_operand`. fp16: $0: scale; $1, $2: addends of a code that starts at bit 4, at bit 0."""
     if not bf16:
         if fmt.endswith("_asym"):
             return (
-                f"{{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $2, $4; mov.b32 a, {_both(1.0, False)};"
-                f"mov.b32 b, {_both(1024.0 - 64.0, False)}; fma.rn.f16x2 $1, $4, a, b;}}"
+                f"{{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $2, $4; mov.b32 a, {both(1.0, False)};"
+                f"mov.b32 b, {both(1024.0 - 64.0, False)}; fma.rn.f16x2 $1, $4, a, b;}}"
             )
         offset = 0 if fmt.startswith("fp8") else 2 ** (code_bits(fmt) - 1)
         return (
-            f"mov.b32 $0, $3; mov.b32 $1, {_both(-64.0 - offset, False)}; mov.b32 $2, {_both(-1024.0 - offset, False)};"
+            f"mov.b32 $0, $3; mov.b32 $1, {both(-64.0 - offset, False)}; mov.b32 $2, {both(-1024.0 - offset, False)};"
         )
     down = -fast_exponent()
     if fmt.endswith("_asym"):  # z holds 128 -+ zero
         z = -128.0 if fmt.startswith("int8") else 128.0
         return (
             "{.reg .b32 a, b; mov.b32 $0, $3; mov.b32 $1, $3;"
-            f"mov.b32 a, {_both(2.0**down, True)}; mov.b32 b, {_both(z * 2.0**down, True)};"
+            f"mov.b32 a, {both(2.0**down, True)}; mov.b32 b, {both(z * 2.0**down, True)};"
             "fma.rn.bf16x2 $2, $4, a, b;}"
         )
     up, addend = {"fp8_e4m3": (120, 0), "fp8_e5m2": (112, 0)}.get(fmt, (133, -(2.0 ** (code_bits(fmt) - 1))))
     lines = [".reg .b32 a, none; mov.b32 none, 0x80008000;"]
     for i, factor in enumerate((2.0 ** (up + down), 2.0 ** (up + down - 4), addend * 2.0**down)):
-        value = _both(factor, True) if factor else "0"
+        value = both(factor, True) if factor else "0"
         lines.append(f"mov.b32 a, {value}; fma.rn.bf16x2 ${i}, $3, a, none;")
     return "{" + "\n".join(lines) + "}"
 
 
 @triton.constexpr_function
-def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
+def _scaled(product: str, t: str, result: str, scale: str, second: str) -> str:
+    """r times a scale. "two": times the sum of both; "fp32": r is in fp16, the product in the result's type."""
+    if product == "two":
+        return f"fma.rn.bf16x2 x, r, {second}, none; fma.rn.bf16x2 r, r, {scale}, x;"
+    if product == "fp32":
+        return (
+            f"mov.b32 {{l, h}}, r; cvt.f32.f16 f, l; cvt.f32.f16 g, h; mul.rn.f32 f, f, {scale};"
+            f"mul.rn.f32 g, g, {scale}; cvt.rn.{result}.f32 r, g, f;"
+        )
+    return f"fma.rn.{t} r, r, {scale}, none;"
+
+
+@triton.constexpr_function
+def fast_assembly(fmt: str, steps: tuple[int, int] | None = None, bf16: bool = True, product: str = "") -> str:
     """A word of codes -> registers of two bf16 values, scaled down: word, scales for bits 0 and 4, addend.
 
     The lowest 8 bits of a bf16, its exponent's last bit among them, count from 0 in steps of 2^-133. A code stays where
@@ -194,15 +208,22 @@ def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
 
     rounded once. With a zero point, whose product with the scale would not be exact, it is (c - zero) 2^-32 first.
     fp16 has no such range: it is (1024 + f c) / f - (1024 / f + offset or zero) first, and nothing is scaled down.
+
+    Args:
+        steps: of 16 k, from one to before another, from pairs of equal words, scales and addends; None: all, from one.
+        product: of `hopper_pairs.py`. "two" is made as with a zero point, "fp32" as in fp16.
     """
     bits = code_bits(fmt)
+    result, bf16 = "bf16x2" if bf16 else "f16x2", bf16 and product != "fp32"
     registers = range(16 // bits)
     word, next_input = 32 // bits, 1  # numbers of the inputs
-    if chunk >= 0:  # pairs of equal words, and only a chunk of them
-        registers = registers[4 * chunk : 4 * chunk + 4] if bits == 2 else registers
+    if steps is not None:
+        registers = registers[2 * steps[0] : 2 * steps[1]]
         word, next_input = len(registers), 2
-    lines = [f".reg .b32 r, none, ka, kb, m0, m2, m8, m10; mov.b32 none, 0x80008000; mov.b32 m0, ${word};"]
+    lines = [".reg .b16 l, h; .reg .f32 f, g; .reg .b32 r, x, none, ka, kb, m0, m2, m8, m10;"]
+    lines.append(f"mov.b32 none, 0x80008000; mov.b32 m0, ${word};")
     t = "bf16x2" if bf16 else "f16x2"
+    scaled = _scaled(product, t, result, f"${word + next_input}", f"${word + 2 * next_input}")
     if fmt.startswith("fp8"):
         shift, mask = {
             ("fp8_e4m3", True): (4, 0x07F0), ("fp8_e5m2", True): (3, 0x0FE0), ("fp8_e4m3", False): (1, 0x3F80),
@@ -213,50 +234,27 @@ def _fast(fmt: str, chunk: int = -1, bf16: bool = True) -> str:
             lines.append(f"and.b32 r, {source}, 0x80008000; shr.u32 m2, {source}, {shift};")
             lines.append(f"lop3.b32 r, m2, {mask * 0x10001:#x}, r, 0xea;")
             if not bf16 and shift:  # the difference of the exponents' biases, which a scale has no room for
-                lines.append(f"mov.b32 ka, {_both(2.0**8, False)}; fma.rn.f16x2 r, r, ka, none;")
-            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
-            lines.append(f"mov.b32 ${h}, r;" if chunk >= 0 else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
+                lines.append(f"mov.b32 ka, {both(2.0**8, False)}; fma.rn.f16x2 r, r, ka, none;")
+            lines.append(scaled)
+            lines.append(f"mov.b32 ${h}, r;" if steps else f"mov.b32 {{${2 * h}, ${2 * h + 1}}}, r;")
         return "{" + "\n".join(lines) + "}"
     asym = fmt.endswith("_asym")
     offset = 0 if asym else 1 << (bits - 1)  # the sign bit is flipped, so that codes count from 0
     lines += [f"shr.u32 m{at}, m0, {at};" for at in ((8,) if bits > 2 else (2, 8, 10))]
     head, up = (0, 133 - fast_exponent()) if bf16 else (0x6400, 0)  # 1024
-    lines.append(f"mov.b32 ka, {_both(2.0**up, bf16)}; mov.b32 kb, {_both(2.0 ** (up - 4), bf16)};")
+    lines.append(f"mov.b32 ka, {both(2.0**up, bf16)}; mov.b32 kb, {both(2.0 ** (up - 4), bf16)};")
     for i in registers:
         low = 4 if bits < 8 and bits * i % 8 >= 4 else 0
         a, b = ((1 << bits) - 1) << low, head ^ offset << low
         lines.append(f"lop3.b32 r, m{bits * i - low}, {a * 0x10001:#x}, {b * 0x10001:#x}, 0x6a;")  # (a & b) ^ c
-        if asym or not bf16:
+        if asym or not bf16 or product == "two":
             addend = word + (2 if low and not bf16 else 3) * next_input
             lines.append(f"fma.rn.{t} r, r, {'kb' if low else 'ka'}, ${addend};")
-            lines.append(f"fma.rn.{t} r, r, ${word + next_input}, none;")
+            lines.append(scaled)
         else:
             lines.append(f"fma.rn.bf16x2 r, r, ${word + (2 if low else 1) * next_input}, ${word + 3 * next_input};")
-        lines.append(f"mov.b32 ${i - registers[0]}, r;" if chunk >= 0 else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
+        lines.append(f"mov.b32 ${i - registers[0]}, r;" if steps else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
     return "{" + "\n".join(lines) + "}"
-
-
-@triton.constexpr_function
-def fast_pairs(fmt: str, chunk: int, bf16: bool) -> str:
-    """`_fast` for pairs of equal words, scales and addends: a register of two values for each pair and step.
-
-    chunk: with 2 bits a word holds two, of 32 k each; not used with others.
-    """
-    return _fast(fmt, chunk, bf16)
-
-
-@triton.constexpr_function
-def fast_pairs_of_word(fmt: str, bf16: bool) -> str:
-    """`_fast_operands` of a prepared scale, $3: scale in the low half, in the high half zero point or scale again."""
-    operands = _fast_operands(fmt, bf16).replace("$3", "s").replace("$4", "z")
-    if not fmt.endswith("_asym"):
-        return "{.reg .b32 s; mov.b32 s, $3;" + operands + "}"
-    one, magic = _both(-1.0, bf16), _both((128.0 if fmt.startswith("int8") else -128.0) if bf16 else -1024.0, bf16)
-    t = "bf16x2" if bf16 else "f16x2"
-    return (
-        "{.reg .b32 s, z, f, g; prmt.b32 s, $3, $3, 0x1010; prmt.b32 z, $3, $3, 0x3232;"
-        f"mov.b32 f, {one}; mov.b32 g, {magic}; fma.rn.{t} z, z, f, g;" + operands + "}"
-    )
 
 
 @triton.constexpr_function
@@ -332,9 +330,15 @@ def _join4(o0, o1, o2, o3):
 
 @triton.jit
 def scale_operand(v, DTYPE: tl.constexpr, PATH: tl.constexpr):
-    """A scale as `dequant_words` wants it."""
+    """A scale as `dequant_words` wants it.
+
+    bf16 is widened by its bits: a product with a widened fp16 that is rounded to fp16, LLVM takes in fp16 if it sees
+    both widened, since their mantissas fit. The scale's exponent does not.
+    """
     if PATH == "ptx" and v.dtype == DTYPE:
         v = _twice(v, DTYPE)
+    elif v.dtype == tl.bfloat16:
+        v = (v.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         v = v.to(tl.float32)
     return v
@@ -417,7 +421,7 @@ def _ptx16(w, s0, s1, s2, s3, z0, z1, z2, z3, FORMAT: tl.constexpr, DTYPE: tl.co
 @triton.jit
 def fast_operands(s, z, FORMAT: tl.constexpr):
     """From a `scale_operand` and a `zero_operand` of bf16, PTX: what `fast_words` wants."""
-    ASM: tl.constexpr = _fast_operands(FORMAT)
+    ASM: tl.constexpr = fast_operands_assembly(FORMAT)
     return tl.inline_asm_elementwise(ASM, "=r,=r,=r,r,r", [s, z], (tl.int32,) * 3, True, 1)
 
 
@@ -430,7 +434,7 @@ def fast_words(w, a, b, c, FORMAT: tl.constexpr):
     Returns: [BLOCK_N, 64 * B]; bf16.
     """
     BITS: tl.constexpr = code_bits(FORMAT)
-    ASM: tl.constexpr = _fast(FORMAT)
+    ASM: tl.constexpr = fast_assembly(FORMAT)
     if BITS == 8:
         o0, o1, o2, o3 = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,r,r,r,r", [w, a, b, c], (tl.int16,) * 4, True, 1)
         t = tl.permute(_join4(o0, o1, o2, o3), (0, 1, 3, 4, 2, 5))

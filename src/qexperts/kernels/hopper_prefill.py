@@ -34,26 +34,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..formats import QuantWeight
 from ..plan import max_tiles
-from .dequant import code_bits, fast_exponent, fast_pairs, fast_pairs_of_word
+from .dequant import code_bits
 from .gluon_compat import reinterpret, thread_barrier, tma_load
+from .hopper_pairs import groups_of, operands_of, pairs_exponent, pairs_of, scale_rows, scales_of
 from .hopper_work import advance, announce, barriers, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
-from .operand import Operand
+from .operand import Operand, tl_dtype
 
 __all__ = ["REGISTERS", "arguments", "bind", "constants", "describe", "hopper_kernel", "launch"]
 
 REGISTERS = 128  # of a thread at the start; the producer's go to the consumers, which then have 232
 PROGRAMS_PER_SM = 2
-SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x and of the weight, by bits of a code: 113 KiB are half a processor's
+SLOTS = {2: (6, 3), 4: (5, 3), 8: (4, 2)}  # of x, at most, and of the weight, by bits of a code
+SHARED = 112 * 1024  # for slots: with 1 KiB for barriers half a processor's
 INFOS = 4  # more than the units that the producer may be ahead: than slots of the weight
-
-# scales of a block, [(warp, lh1, lh2), (lh0, rep, rh)]
-SCALES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 0], [0, 0], [0, 4], [2, 0], [1, 0]], [[4, 0], [8, 0]], [], [16, 8]
-    )
-)
 
 
 @triton.constexpr_function
@@ -106,20 +101,23 @@ def _boxes(descs, xs, xi, HALF: gl.constexpr):
 
 @gluon.jit
 def _produce_unit(
-    descs, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
+    descs, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel, scale_row,
     N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. END - 1 of a unit."""
     ROWS: gl.constexpr = _rows(descs)
     HALVES: gl.constexpr = w_desc.block_shape[1]  # of a block: places of a row's words
-    GROUPS: gl.constexpr = _groups(GROUP)
+    GROUPS: gl.constexpr = groups_of(GROUP)
+    PARTS: gl.constexpr = ss.shape[0] // (WS * GROUPS)  # scales and, if these lie apart, zero points
     for k in range(FIRST, END):
         mbarrier.wait(w_empty.index(wi), wp ^ 1)
-        mbarrier.expect(w_full.index(wi), 512 * (HALVES * w_desc.block_shape[4] + GROUPS))
+        mbarrier.expect(w_full.index(wi), 512 * (HALVES * w_desc.block_shape[4] + PARTS * GROUPS))
         tma_load(w_desc, [0, k * HALVES, panel, 0, 0], w_full.index(wi), ws.index(wi))
         for g in gl.static_range(GROUPS):
             group = k // (GROUP // 128) if GROUPS == 1 else k * GROUPS + g
-            tma_load(s_desc, [scale_row + group * (N // 8), 0], w_full.index(wi), ss.index(wi * GROUPS + g))
+            for part in gl.static_range(PARTS):
+                to = ss.index((wi * PARTS + part) * GROUPS + g)
+                tma_load(s_descs[part], [scale_row + group * (N // 8), 0], w_full.index(wi), to)
         wi, wp = advance(wi, wp, WS)
         for h in gl.static_range(2):
             if h == 0 or ROWS > 64:
@@ -136,33 +134,33 @@ def _produce_unit(
 
 @gluon.jit
 def _produce(
-    x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, panel,
-    scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
+    x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows,
+    panel, scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr,
 ):  # fmt: skip
     if rows > 96:
         xi, xp, wi, wp = _produce_unit(
-            (x128,), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            (x128,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 64:
         xi, xp, wi, wp = _produce_unit(
-            (x64, x32), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            (x64, x32), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 32:
         xi, xp, wi, wp = _produce_unit(
-            (x64,), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            (x64,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     elif rows > 16:
         xi, xp, wi, wp = _produce_unit(
-            (x32,), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            (x32,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     else:
         xi, xp, wi, wp = _produce_unit(
-            (x16,), w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            (x16,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     return xi, xp, wi, wp
@@ -170,9 +168,9 @@ def _produce(
 
 @gluon.jit
 def _producer(
-    x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty, w_full,
-    w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
-    WS: gl.constexpr, INFOS: gl.constexpr,
+    x128, x64, x32, x16, w_desc, s_descs, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty,
+    w_full, w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
+    XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     NK: gl.constexpr = K // 128
     AHEAD: gl.constexpr = WS if NK > WS else NK  # blocks that need not wait long
@@ -188,7 +186,7 @@ def _producer(
         panel = e * (N // 16) + block_n * 8
         scale_row = e * (N // 8 * (K // GROUP)) + block_n * 16
         xi, xp, wi, wp = _produce(
-            x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
+            x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
             rows, panel, scale_row, N, GROUP, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
@@ -196,7 +194,7 @@ def _producer(
         next_e, next_row, next_rows, next_n = tile(tiles_ptr, unit, MAX_TILES, N // 128)
         if AHEAD < NK:
             xi, xp, wi, wp = _produce(
-                x128, x64, x32, x16, w_desc, s_desc, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
+                x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
                 rows, panel, scale_row, N, GROUP, AHEAD, NK, XS, WS,
             )  # fmt: skip
         e, row, rows, block_n = next_e, next_row, next_rows, next_n
@@ -242,59 +240,6 @@ def _step_words(w, FORMAT: gl.constexpr):
     else:
         w0, w1, w2, w3 = w, w, w, w
     return w0, w1, w2, w3
-
-
-@triton.constexpr_function
-def _groups(group):  # type: ignore[no-untyped-def]
-    """Scales of a row of a block, at least one."""
-    return max(128 // group, 1)
-
-
-@gluon.jit
-def _scales(ss, i, w):
-    """Scales of a group of a slot of the weight, to be broadcast to words like w [2, 4, 2, 8, 4]."""
-    L: gl.constexpr = w.type.layout
-    s = gl.permute(gl.reshape(ss.index(i).load(SCALES), (4, 2, 2, 2, 2, 2)), (4, 0, 5, 2, 1, 3))
-    s = gl.reshape(s, (2, 4, 2, 8))
-    return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(4, L), assert_trivial=True), 4)
-
-
-@gluon.jit
-def _later_scales(ss, wi, w, GROUPS: gl.constexpr):
-    """Those of the second half of a slot, of its two chunks, if there are several."""
-    if GROUPS > 1:
-        first = _scales(ss, wi * GROUPS + GROUPS // 2, w)
-        second = _scales(ss, wi * GROUPS + GROUPS - 1, w)
-    else:
-        first, second = w, w  # not used
-    return first, second
-
-
-@gluon.jit
-def _operands(s, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """Scales as operands of the dequantization."""
-    ASM: gl.constexpr = fast_pairs_of_word(FORMAT, gl.bfloat16 == DTYPE)
-    a, b, c = gl.inline_asm_elementwise(ASM, "=r,=r,=r,r", [s], (gl.int32, gl.int32, gl.int32), True, 1)
-    return gl.join(a, a), gl.join(b, b), gl.join(c, c)
-
-
-@gluon.jit
-def _pairs(u, v, a, b, c, FORMAT: gl.constexpr, CHUNK: gl.constexpr, DTYPE: gl.constexpr):
-    """Words of the two steps of a chunk -> DTYPE [2, 4, 2, 8, 4, 2, 2, 2], the last of p, s, h; bf16: 2^`fast_exponent`
-    too small."""
-    ASM: gl.constexpr = fast_pairs(FORMAT, CHUNK, gl.bfloat16 == DTYPE)
-    u = gl.join(u, u)  # an element for p = 0 and one for p = 1, which the assembly makes together
-    if code_bits(FORMAT) == 8:
-        C: gl.constexpr = "=r,=r,r,r,r,r,r,r,r,r"
-        v = gl.join(v, v)
-        o0, o1 = gl.inline_asm_elementwise(ASM, C, [u, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
-        o2, o3 = gl.inline_asm_elementwise(ASM, C, [v, a, b, c], (DTYPE.value, DTYPE.value), True, 2)
-    else:
-        o0, o1, o2, o3 = gl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [u, a, b, c],
-            (DTYPE.value, DTYPE.value, DTYPE.value, DTYPE.value), True, 2,
-        )  # fmt: skip
-    return gl.permute(gl.join(gl.join(o0, o1), gl.join(o2, o3)), (0, 1, 2, 3, 4, 5, 7, 6))
 
 
 @triton.constexpr_function
@@ -366,10 +311,11 @@ def _store(y_ptr, acc, row, rows, first_n, N: gl.constexpr):
 @gluon.jit
 def _consume_unit(
     y_ptr, descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr,
 ):  # fmt: skip
     """w: the first words of this unit; returned: of the next one."""
-    GROUPS: gl.constexpr = _groups(GROUP)
+    GROUPS: gl.constexpr = groups_of(GROUP)
     WIDE: gl.constexpr = _rows(descs) > 64
     DTYPE: gl.constexpr = descs[0].dtype
     A: gl.constexpr = gl.DotOperandLayout(0, _mma(descs[0].block_shape[0]), 2)
@@ -378,16 +324,19 @@ def _consume_unit(
     before = xi + 0  # the slot of x still read; xi itself the front end would not carry from round to round
     for k in range(K // 128):
         w0, w1, w2, w3 = _step_words(w, FORMAT)
-        a, b, c = _operands(_scales(ss, wi * GROUPS, w0), FORMAT, DTYPE)
-        t = _pairs(w0, w1, a, b, c, FORMAT, 0, DTYPE)
+        operands = operands_of(scales_of(ss, wi, w0, 0, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w0, w1, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
         mbarrier.wait(x_full.index(xi), xp)
         boxes = _boxes(descs, xs, xi, 0)
         sums, flying = _multiply(sums, flying, t, boxes, 0, A)
         w4, w5, w6, w7 = _step_words(_words(ws, wi, 1, FORMAT), FORMAT)
-        if GROUPS == 4:
-            a, b, c = _operands(_scales(ss, wi * 4 + 1, w0), FORMAT, DTYPE)
-        sums, flying = _multiply(sums, flying, _pairs(w2, w3, a, b, c, FORMAT, 1, DTYPE), boxes, 1, A)
-        s2, s3 = _later_scales(ss, wi, w0, GROUPS)
+        if GROUPS > 2:
+            operands = operands_of(scales_of(ss, wi, w0, 1, GROUPS, WS), GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w2, w3, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
+        sums, flying = _multiply(sums, flying, t, boxes, 1, A)
+        if GROUPS > 1:
+            s2 = scales_of(ss, wi, w0, 2, GROUPS, WS)
+            s3 = scales_of(ss, wi, w0, 3, GROUPS, WS)
         fence_async_shared()  # loads may still be under way, and a barrier does not hold back the copy engine's writes
         thread_barrier()
         mbarrier.arrive(w_empty.index(wi), count=1)  # all words have been read, and the slot of x before
@@ -395,8 +344,8 @@ def _consume_unit(
         wi, wp = advance(wi, wp, WS)
         before = xi
         if GROUPS > 1:
-            a, b, c = _operands(s2, FORMAT, DTYPE)
-        t = _pairs(w4, w5, a, b, c, FORMAT, 0, DTYPE)
+            operands = operands_of(s2, GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w4, w5, operands, GROUPS, FORMAT, SCALE, 0, DTYPE)
         if WIDE:
             xi, xp = advance(xi, xp, XS)
             mbarrier.wait(x_full.index(xi), xp)
@@ -407,18 +356,17 @@ def _consume_unit(
             before = xi
         mbarrier.wait(w_full.index(wi), wp)  # after the last block: of the next unit
         w = _words(ws, wi, 0, FORMAT)
-        if GROUPS == 4:
-            a, b, c = _operands(s3, FORMAT, DTYPE)
-        sums, flying = _multiply(sums, flying, _pairs(w6, w7, a, b, c, FORMAT, 1, DTYPE), boxes, 3, A)
+        if GROUPS > 2:
+            operands = operands_of(s3, GROUPS, FORMAT, SCALE, DTYPE)
+        t = pairs_of(w6, w7, operands, GROUPS, FORMAT, SCALE, 1, DTYPE)
+        sums, flying = _multiply(sums, flying, t, boxes, 3, A)
         xi, xp = advance(xi, xp, XS)
     if WIDE:
         sums = _wait(sums, (flying,), 0)
     thread_barrier()
     mbarrier.arrive(x_empty.index(before), count=1)
     for i in gl.static_range(len(descs)):
-        acc, first = sums[i], i * descs[0].block_shape[0]
-        if gl.bfloat16 == DTYPE:
-            acc *= 2.0 ** fast_exponent()
+        acc, first = sums[i] * 2.0 ** pairs_exponent(FORMAT, SCALE, DTYPE), i * descs[0].block_shape[0]
         _store(y_ptr, acc, row + first, rows - first, first_n, N)
     return xi, xp, wi, wp, w
 
@@ -426,8 +374,8 @@ def _consume_unit(
 @gluon.jit
 def _consumer(
     y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
-    INFOS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     zero = gl.program_id(0) * 0
     xi, xp, wi, wp, i = zero, zero, zero, zero, zero
@@ -441,39 +389,39 @@ def _consumer(
         if rows > 96:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x128,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, GROUP, XS, WS,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 64:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x64, x32), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, GROUP, XS, WS,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 32:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x64,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, GROUP, XS, WS,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 16:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x32,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, GROUP, XS, WS,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
         elif rows > 0:
             xi, xp, wi, wp, w = _consume_unit(
                 y_ptr, (x16,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, GROUP, XS, WS,
+                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["E", "MAX_TILES"])
 def hopper_kernel(
-    y_ptr, x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, E, MAX_TILES,
-    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
-    INFOS: gl.constexpr,
+    y_ptr, x128, x64, x32, x16, w_desc, s_desc, z_desc, schedule_ptr, E, MAX_TILES,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(x128.dtype, [XS, 128, 64], x128.layout)
     ws = gl.allocate_shared_memory(gl.int32, [WS, 4, w_desc.block_shape[1], 8, 4, w_desc.block_shape[4]], w_desc.layout)
-    ss = gl.allocate_shared_memory(gl.int32, [WS * _groups(GROUP), 16, 8], s_desc.layout)
+    ss = gl.allocate_shared_memory(gl.int32, [WS * scale_rows(FORMAT, SCALE, GROUP), 16, 8], s_desc.layout)
     infos = gl.allocate_shared_memory(gl.int32, [INFOS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_full, x_empty = barriers(XS), barriers(XS)
     w_full, w_empty = barriers(WS), barriers(WS)
@@ -486,14 +434,14 @@ def hopper_kernel(
                 _consumer,
                 (
                     y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
-                    N, K, FORMAT, GROUP, XS, WS, INFOS,
+                    N, K, FORMAT, SCALE, GROUP, XS, WS, INFOS,
                 ),
             ),
             (
                 _producer,
                 (
-                    x128, x64, x32, x16, w_desc, s_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full,
-                    x_empty, w_full, w_empty, info_full, N, K, FORMAT, GROUP, XS, WS, INFOS,
+                    x128, x64, x32, x16, w_desc, (s_desc, z_desc), schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss,
+                    infos, x_full, x_empty, w_full, w_empty, info_full, N, K, FORMAT, GROUP, XS, WS, INFOS,
                 ),
             ),
         ],
@@ -520,25 +468,27 @@ def arguments(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tens
             [4, halves, 8, 4, columns],
             4 * columns,
         ),
-        described(w.s, [2 * panels * groups, 8], [8, 1], [16, 8], 32),
+        *(described(t.view(torch.int32), [2 * panels * groups, 8], [8, 1], [16, 8], 32) for t in (w.s, w.z)),
         schedule,
         E,
         max_tiles(x.shape[0], E),
     )
 
 
-def _slots(fmt: str, group: int) -> tuple[int, int]:
-    """Of x and of the weight."""
+def _slots(fmt: str, scale: gl.dtype, group: int) -> tuple[int, int]:
+    """Of x and of the weight, as many of x as there is room for."""
     bits = code_bits(fmt)
     x_slots, w_slots = SLOTS[bits]
-    return x_slots - (bits == 2 and group < 128), w_slots  # room for the scales
+    room = SHARED - w_slots * (2048 * bits + 512 * scale_rows(fmt, scale, group))
+    return min(x_slots, room // 16384), w_slots
 
 
 def constants(w: Operand) -> dict[str, object]:
     group = w.group or w.K
-    x_slots, w_slots = _slots(w.format, group)
+    x_slots, w_slots = _slots(w.format, w.scale, group)
     return {
-        "N": w.N, "K": w.K, "FORMAT": w.format, "GROUP": group, "XS": x_slots, "WS": w_slots, "INFOS": INFOS
+        "N": w.N, "K": w.K, "FORMAT": w.format, "SCALE": w.scale, "GROUP": group, "XS": x_slots, "WS": w_slots,
+        "INFOS": INFOS,
     }  # fmt: skip
 
 
@@ -559,12 +509,14 @@ def bind(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E
 def launch(y: torch.Tensor, x: torch.Tensor, w: Operand, schedule: torch.Tensor, E: int, processors: int) -> None:
     """y: [S, N]; x: [S, K]; schedule: of `schedule.py`, not split, fresh: the counters are used up.
 
-    x, y and scales in bf16 or in fp16; w in a "tiles" layout; N and K are multiples of 128; groups of K, multiples of
-    128, 64 or 32.
+    x and y in bf16 or in fp16; w in a "tiles" layout, its scales in any dtype; N and K are multiples of 128; groups of
+    K, multiples of 128, 64, 32 or 16.
     """
     bind(y, x, w, schedule, E, processors)(y, x, w.w, w.s, w.z, schedule)
 
 
 def describe(weight: QuantWeight) -> str:
     """What is as the tile sizes of `config.py` are to `prefill.py`."""
-    return "Gluon(x_slots={}, w_slots={})".format(*_slots(weight.format.name, weight.group_size or weight.K))
+    assert weight.scale_dtype is not None
+    slots = _slots(weight.format.name, tl_dtype(weight.scale_dtype), weight.group_size or weight.K)
+    return "Gluon(x_slots={}, w_slots={})".format(*slots)

@@ -103,7 +103,7 @@ def _operands(
             z = zero_operand(tl.load(z_ptr + offs), FORMAT, DTYPE, PATH)
     else:  # low half the scale; high half the zero, or the scale again
         if PATH != "ptx" or SCALE != DTYPE:
-            s = (word & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
+            s = scale_operand((word & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True), DTYPE, PATH)
         elif ASYM:
             s = (word & 0xFFFF) | (word << 16)
         else:
