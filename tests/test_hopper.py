@@ -107,13 +107,12 @@ def test_which_devices(capability: tuple[int, int], reason: str | None, monkeypa
         ({"format": FORMATS["int4_asym"]}, "hopper"),
         ({"N": 192}, "triton"),
         (BF16, "triton"),
-        ({"group_size": 32}, "triton"),
-        ({"group_size": 16}, "hopper"),
-        ({"group_size": 16, "format": FORMATS["int8_sym"]}, "triton"),
-        ({"scale_dtype": torch.float16, "group_size": 32}, "hopper"),
-        ({"scale_dtype": torch.float32}, "hopper"),
+        ({"group_size": 32}, "hopper"),
+        ({"group_size": 64, "format": FORMATS["int8_sym"]}, "hopper"),
+        ({"group_size": 16}, "triton"),
+        ({"scale_dtype": torch.float16}, "triton"),
         ({"scale_dtype": torch.float32, "group_size": 32}, "triton"),
-        ({"dtype": torch.float16}, "hopper"),
+        ({"dtype": torch.float16}, "triton"),
         ({"dtype": torch.float16, "scale_dtype": torch.float16}, "hopper"),
         ({**BF16, "code_order": "columns"}, "triton"),
     ],
@@ -129,7 +128,7 @@ def test_auto_takes_it_where_it_is_faster_and_loses_nothing_elsewhere(
     answers = {name: BACKENDS[name].answer(problem) for name in ("hopper", "triton")}
     assert answers["triton"].ok
     if picked == "triton" and answers["hopper"].ok:
-        assert answers["hopper"].note.endswith("auto takes triton")
+        assert "auto takes triton" in answers["hopper"].note
 
 
 def test_a_format_that_was_not_measured_to_be_faster_is_left_to_triton(

@@ -45,10 +45,10 @@ no_layout = triton_backend.no_layout
 BLOCK = 128  # N and K are multiples of it, and so is the group size, if it is neither K nor one of
 GROUPS = (16, 32, 64)
 
-# Formats in which it was measured to be faster than "triton": 1.12 to 1.32 times as fast on the recorded workload, 1.05
-# to 1.23 times with 128 rows for each expert (results/h100/prefill_hopper*.jsonl). Unquantized weights are not among
-# them: up to 1.08 times as fast on the recorded workload, but 0.95 times where every expert has as many rows. See
-# `_faster_scales` too.
+# Formats in which it was measured to be faster than "triton": 1.25 to 1.40 times as fast on the recorded workload, 1.08
+# to 1.27 times with 128 rows for each expert (results/h100/prefill_hopper*.jsonl); with groups of 32 and 64 1.2 to 1.6
+# and 1.1 to 1.3 times. Unquantized weights are not among them: up to 1.07 times as fast on the recorded workload, but
+# 0.96 times where every expert has as many rows. See `preferred` too.
 FASTER = tuple(fmt.name for fmt in FORMATS.values() if fmt.quantized)
 
 
@@ -62,23 +62,14 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
 
 
 def preferred(problem: Problem) -> bool:
-    """Whether `auto` takes this backend where it can run."""
-    return problem.phase != "decode" and problem.format.name in FASTER and _faster_scales(problem)
+    """Whether `auto` takes this backend where it can run.
 
-
-def _faster_scales(p: Problem) -> bool:
-    """Whether that was measured with such scales, on the recorded workload and, in brackets, with 128 rows each.
-
-    Of another dtype than the activations, groups of 128, all formats: 1.2 to 2.1 times (1.1 to 1.9) as fast as
-    "triton"; in fp16 with bf16 activations, groups of 16, 32 and 64 too: 1.4 to 3.9 (1.3 to 3.1). Of the same dtype,
-    groups of 16, codes of up to 4 bits: 1.4 to 1.55 (1.2 to 1.4), but of 8 bits 1.2 to 1.4 (0.99 to 1.16). Groups of
-    32 and 64 were 1.1 to 1.4 times as fast, but before the rows of the weight were put into another order.
+    Not for scales of another dtype than the activations, nor groups of 16: there it was 1.1 to 3.9 times as fast as
+    "triton" (but groups of 16 with 8-bit codes 0.99 to 1.4 times), with the same bits, before there was a class of 96
+    rows; the kernels as they are have not run since.
     """
-    if p.group_size not in GROUPS:
-        return True
-    if p.scale_dtype != p.dtype:
-        return (p.dtype, p.scale_dtype) == (torch.bfloat16, torch.float16)
-    return p.group_size == 16 and p.format.bits < 8
+    same = problem.scale_dtype == problem.dtype and problem.group_size != 16
+    return problem.phase != "decode" and problem.format.name in FASTER and same
 
 
 @functools.cache
