@@ -214,7 +214,7 @@ def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
     dot = _dot(isa, fmt.name, x, int8, shared, exact)
     source = "panels" if prepared else weight.code_order
     access = {"group": "strided", "channel": "strided", "block128": "block128", "tensor": "tensor", "none": ""}
-    return Kind(
+    kind = Kind(
         isa=isa, format=fmt.name, bits=fmt.bits, asym=fmt.asym, x=x, y=y,
         dot=dot,
         int8=int8,
@@ -222,19 +222,21 @@ def _kind(weight: QuantWeight, x: str, y: str, int8: bool, exact: bool) -> Kind:
         scale_access="vector" if prepared else access[weight.scale_layout],
         source=source,
         panels=isa.panels if isa.panels * PANEL <= weight.N else 1,
-        row_words=_row_words(isa, dot, source, shared * fmt.bits // 32, weight.K * fmt.bits // 32),
     )  # fmt: skip
+    return dataclasses.replace(kind, row_words=_row_words(kind, shared // kind.per_word, weight.K // kind.per_word))
 
 
-def _row_words(isa: Any, dot: str, source: str, group_words: int, words: int) -> int:
-    """`Kind.row_words`: only sums of integers are the same in any order; registers and groups must fit each other.
+def _row_words(kind: Kind, group_words: int, words: int) -> int:
+    """`Kind.row_words`: registers and groups must fit each other.
 
-    fp8 and bf16 are gathered into panels: a row as it lies gives a sum for each lane, and panels would give the same
-    fp32 bits only with as many sums for each column, which no kernel has the registers for.
+    Sums of integers are the same in any order. Of fp32, a row as it lies gives a sum for each lane, and panels would
+    give the same bits only with as many sums for each column, which no kernel has the registers for: fp8 weights have
+    other bits so, all others are gathered into panels.
     """
-    if source != "rows" or not dot.startswith("int") or words % max(isa.lanes, group_words):
+    lanes, fp8 = kind.isa.lanes, kind.format.startswith("fp8")
+    if kind.source != "rows" or not (kind.whole or fp8) or words % max(lanes, group_words):
         return 0
-    fits = group_words % isa.lanes == 0 or isa.lanes % group_words == 0
+    fits = group_words % lanes == 0 or lanes % group_words == 0
     return group_words if fits and group_words >= _LEAST_ROW_WORDS else 0
 
 
@@ -254,7 +256,7 @@ def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
         group_words=group_words,
         block_groups=block,
         chunk_groups=chunk,
-        x_bytes=words * kind.operands * 4 * kind.terms,
+        x_bytes=words * kind.x_words * 4,
         scratch=kind.scratch_bytes(min(words, max(block, chunk) * group_words), words, groups, block * group_words),
     )
 

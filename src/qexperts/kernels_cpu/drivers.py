@@ -184,7 +184,7 @@ class _Units:
         e, a, few = self._e, self._a, RowKernels(self._micro)
         scales, total = sums
         x = e.add(total, ITEM_ROWS * self._line)
-        partial = e.add(x, e.mul(rows, e.mul(self._words, self._k.operands * 4)))
+        partial = e.add(x, e.mul(rows, e.mul(self._words, self._k.x_words * 4)))
         with e.when(row, "!=", last_row):
             e.call(few.arrange, a, row, rows, x)
         with e.loop(e.number(self._width // self._k.part_rows)) as i:

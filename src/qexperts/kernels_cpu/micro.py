@@ -48,6 +48,7 @@ class MicroKernels:
         isa = kind.isa
         self.words = vector(I32, isa.lanes)
         self.floats = vector(F32, isa.lanes)
+        self.sums = self.words if kind.whole else self.floats
         self.registers = kind.registers
         self.bytes = 4 * isa.lanes  # of a register
 
@@ -156,10 +157,10 @@ class MicroKernels:
         if self.k.dot != "int16":
             return 1
         most = 4 if self.k.bits == 2 else 2
-        return next((ways for ways in (4, 2) if ways <= most and ways * registers <= self._room), 1)
+        return next((ways for ways in (4, 2) if ways <= most and ways * registers <= self.room), 1)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         """Registers for sums."""
         return 8 if self.k.isa.lanes < 16 else 16
 
@@ -168,7 +169,7 @@ class MicroKernels:
         shifted = (
             ways if self.k.bits == 8 else [e.bits(v, "ashr", self.k.bits * i) if i else v for i, v in enumerate(ways)]
         )
-        return functools.reduce(e.builder.add, shifted)
+        return functools.reduce(e.plus, shifted)
 
     def gather(self, e: Emitter, a: Any, codes: Any, words: Any, out: Any) -> None:
         """Some words of a block of a weight in the public order -> panels [panels, words, 16]."""
@@ -436,6 +437,10 @@ class MicroKernels:
             sums_of = e.add(sums, e.mul(e.field(a, Arg.SUMS_STEP), m), e.mul(g, 8)) if k.sums else None
             self.add_group(e, totals[m, j], products.total((m, j)), scales_of, sums_of, j * self.bytes)
 
+    def terms(self, e: Emitter, a: Any) -> list[Any]:
+        """Where in a packed row its terms are."""
+        return [e.number(0), e.field(a, Arg.X_TERM)][: self.k.terms]
+
     def dot(self, e: Emitter, total: Any, w: Any, x: Any) -> Any:
         if self.k.dot == "bf16":
             return e.dot_bf16(total, w, x)
@@ -484,11 +489,10 @@ class _Products:
         self._micro, self._e = micro, e
         step = e.field(a, Arg.X_STEP)
         self._x = [e.add(x, e.mul(step, m)) for m in range(rows)]
-        self._terms = [e.number(0), e.field(a, Arg.X_TERM)][: micro.k.terms]
+        self._terms = micro.terms(e, a)
         self.ones = [(m, j) for m in range(rows) for j in range(micro.registers)]
-        kind = micro.words if micro.k.whole else micro.floats
         self.ways, self._added = micro.most_ways(rows * micro.registers), 0
-        self._sums = {one: [e.variable(kind) for _ in range(self.ways)] for one in self.ones}
+        self._sums = {one: [e.variable(micro.sums) for _ in range(self.ways)] for one in self.ones}
 
     def clear(self) -> None:
         for total in (total for ways in self._sums.values() for total in ways):

@@ -4,8 +4,9 @@
     total[m, n] += (sum of partial over a row's and a group's lanes - zero[n] * sum of x) * scale[n]
 
 Memory is read in its own order, which hardware fetches ahead. What panels give by their order, sums of 16 rows in one
-register, comes from transposing sums. Sums are integers, exact in any order, so the results are those of the other
-micro-kernels, bit for bit.
+register, comes from transposing sums. Sums of integers are exact in any order, so the results are those of the other
+micro-kernels, bit for bit. Those of fp32 (fp8 weights) have an order of their own, the same for each row of activations
+and of the weight whatever stands beside them.
 
 set        one row, whose words lie in registers as in memory; with AVX-512 one row of each quarter of the block, read
            like four panels: quarters of their registers change places, two moves a register, so that a register holds
@@ -48,15 +49,17 @@ class RowKernels:
         return e.builder.sdiv(e.field(a, Arg.WORDS), e.number(self._size * self._words))
 
     def arrange(self, e: Emitter, a: Any, row: Any, rows: Any, out: Any) -> None:
-        """Packed rows of activations -> [rows, registers, operands, lanes]."""
+        """Packed rows of activations -> [rows, registers, terms, operands, lanes]."""
         lanes, operands, count = self._lanes, self._k.operands, self._registers(e, a)
+        terms, size = self._micro.terms(e, a), self._k.x_words * self._bytes
         with e.loop(rows) as m, e.loop(count) as i:
             x = e.add(e.field(a, Arg.X), e.mul(e.add(row, m), e.field(a, Arg.X_STEP)))
-            step = operands * self._bytes
-            every = e.load(x, vector(I32, lanes * operands), e.mul(i, step))
-            for o in range(operands):
-                one = e.shuffle(every, every, range(o, lanes * operands, operands))
-                e.store(one, out, e.add(e.mul(e.add(e.mul(m, count), i), step), o * self._bytes))
+            place = e.mul(e.add(e.mul(m, count), i), size)
+            for t, term in enumerate(terms):
+                every = e.load(x, vector(I32, lanes * operands), e.add(e.mul(i, operands * self._bytes), term))
+                for o in range(operands):
+                    one = e.shuffle(every, every, range(o, lanes * operands, operands))
+                    e.store(one, out, e.add(place, (t * operands + o) * self._bytes))
 
     def multiply(self, e: Emitter, a: Any, rows: Any, codes: Any, ahead: Any, first: Any, x: Any, partial: Any) -> None:
         """partial [rows, segments, sets, lanes] of a part of a block of the weight, from row `first` of it on.
@@ -72,7 +75,7 @@ class RowKernels:
         codes, ahead, first = weight
         step, stream = e.field(a, Arg.CODES_STEP), self._k.panels * PANEL // self._set  # rows between those of a set
         distance = e.add(b.sdiv(e.number(self._ahead), e.mul(e.field(a, Arg.WORDS), 4)), 1)
-        row_step = e.mul(e.field(a, Arg.WORDS), 4 * self._k.operands)
+        row_step = e.mul(e.field(a, Arg.WORDS), 4 * self._k.x_words)
         x_rows = [e.add(x, e.mul(row_step, m)) for m in range(rows)]
         with e.loop(e.number(self._sets)) as i:
             n = e.add(first, i)
@@ -90,10 +93,10 @@ class RowKernels:
     ) -> dict[tuple[int, int], Any]:
         """The sums of some segments of a set, for each row of activations and segment; the same of other rows of the
         weight is fetched."""
-        w, fetched = weight
+        (w, fetched), k = weight, self._k
         micro, ones = self._micro, [(m, j) for m in range(len(x_rows)) for j in range(self._at_once)]
-        ways = micro.most_ways(len(ones))
-        sums = {one: [e.zero(micro.words)] * ways for one in ones}
+        ways = self._ways(len(ones))
+        sums = {one: [e.zero(micro.sums)] * ways for one in ones}
         lines = self._size * self._at_once // self._set
         for i in range(lines):
             place = e.mul(e.add(e.mul(s, lines), i), self._bytes)
@@ -103,13 +106,20 @@ class RowKernels:
             registers = quarters_transposed(e, [e.load(w, micro.words, one) for one in places])
             for r, words in enumerate(registers):
                 j = (i * self._set + r) // self._size
-                for o, operand in enumerate(micro.operand_vectors(e, words, ways=ways)):
-                    x_place = e.add(e.mul(place, self._k.operands), o * self._bytes + r * 4 * self._words)
+                for o, operand in enumerate(micro.operand_vectors(e, words, ways=ways) * k.terms):
+                    x_place = e.add(e.mul(place, k.x_words), o * self._bytes + r * 4 * self._words)
                     for m, x in enumerate(x_rows):
                         value = e.load(x, vector(I32, self._words), x_place)
                         value = e.shuffle(value, value, [*range(self._words)] * self._set)
                         sums[m, j][o % ways] = micro.dot(e, sums[m, j][o % ways], operand, value)
         return {one: micro.together(e, of_one) for one, of_one in sums.items()}
+
+    def _ways(self, registers: int) -> int:
+        """Of fp32 as many for one row of activations as there can be for most, so that each has the same bits."""
+        k, micro = self._k, self._micro
+        if k.whole:
+            return micro.most_ways(registers)
+        return 2 if 2 * k.isa.direct_rows * self._at_once <= micro.room else 1
 
     def add(self, e: Emitter, a: Any, rows: Any, partial: Any, row: Any, scales: Any, first: Any) -> None:
         """Total what `multiply` left of a part; add it, scaled, to the totals behind the scales.
@@ -127,7 +137,7 @@ class RowKernels:
             sums_of = e.add(e.field(a, Arg.SUMS), e.mul(e.add(row, m), e.field(a, Arg.SUMS_STEP)))
             with e.loop(segments) as s:
                 of = e.add(partial, e.mul(e.add(e.mul(segments, m), s), self._sets * self._bytes))
-                sets = [e.load(of, micro.words, i * self._bytes) for i in range(self._sets)]
+                sets = [e.load(of, micro.sums, i * self._bytes) for i in range(self._sets)]
                 found = [summed(e, sets[j * self._words :][: self._words], min(k.row_words, self._words))
                          for j in registers]  # fmt: skip
                 for i, of_group in enumerate(zip(*found, strict=True)):
@@ -140,7 +150,7 @@ class RowKernels:
 
 
 def summed(e: Emitter, rows: list[Any], lanes: int) -> list[Any]:
-    """Sums of each `lanes` lanes, 4 or more, of registers of 32-bit integers: 4, or as many as a register has lanes.
+    """Sums of each `lanes` lanes, 4 or more, of registers of 32-bit numbers: 4, or as many as a register has lanes.
     In the order of the registers: of the first lanes of each, of those that follow, ...; whole registers."""
     count = rows[0].type.count
 
@@ -157,11 +167,11 @@ def summed(e: Emitter, rows: list[Any], lanes: int) -> list[Any]:
         return [halves(a, b, unit, size) for a, b in zip(of[::2], of[1::2], strict=True)]
 
     for _ in range(2):  # inside 4 lanes, which costs least
-        rows = [e.builder.add(even, odd) for even, odd in pairs(rows, 1, 4)]
+        rows = [e.plus(even, odd) for even, odd in pairs(rows, 1, 4)]
     lists, width = [rows], 4
     while len(lists[0]) > 1:
         if width < lanes:
-            lists = [[e.builder.add(even, odd) for even, odd in pairs(one, 4, count)] for one in lists]
+            lists = [[e.plus(even, odd) for even, odd in pairs(one, 4, count)] for one in lists]
             width *= 2
         else:
             split = [pairs(one, 4, count) for one in lists]

@@ -132,6 +132,11 @@ class Kind:
         return 2 if self.dot == "bf16" and self.x == "fp16" else 1
 
     @property
+    def x_words(self) -> int:
+        """32-bit values of a row of activations, packed, to a word of codes."""
+        return self.operands * self.terms
+
+    @property
     def steps(self) -> int:
         """What the largest activation of a row and group is rounded to an integer as; 0 if it is not."""
         return 127 if self.int8 else 32767 if self.dot == "int16" else 0
@@ -184,7 +189,7 @@ class Kind:
         if not self.row_words:
             return 0, 0
         segments = groups * min(self.row_words, self.set_words) // self.set_words
-        return words * self.operands * 4, segments * self.part_rows // self.isa.set_rows * self.isa.lanes * 4
+        return words * self.x_words * 4, segments * self.part_rows // self.isa.set_rows * self.isa.lanes * 4
 
     @property
     def set_words(self) -> int:

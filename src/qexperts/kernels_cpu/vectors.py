@@ -264,6 +264,10 @@ class Emitter:
     def maximum(self, a: Any, b: Any) -> Any:
         return self._intrinsic(f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
 
+    def plus(self, a: Any, b: Any) -> Any:
+        """a + b, of integers or of fp32."""
+        return self.builder.fadd(a, b) if a.type.element == F32 else self.builder.add(a, b)
+
     def total(self, a: Any) -> Any:
         """The sum of a vector's elements, halves first."""
         while a.type.count > 1:
