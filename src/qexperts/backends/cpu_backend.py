@@ -3,9 +3,13 @@
     plan       the first thread reads the counts and cuts the rows into items
     pack       activations into the order of the weights' codes, if they are not in it
     gemm       threads take units, an item times 64 (16) columns: few rows multiply what they unpack, many rows unpack
-               a block of the weight once into the cache; public weights are gathered into that order, or, where
-               sums are integers, multiplied with few rows as they lie; sums of fp32 are added in one order, so decode
-               and prefill, public and prepared weights give the same bits
+               a block of the weight once into the cache; public weights are gathered into that order, or, if they
+               are fp8 or sums are integers, multiplied with few rows as they lie
+
+The same call gives the same bits on any number of threads, in decode and prefill, and with public and prepared weights:
+what lies in panels or is gathered into them has one order of sums, and sums of integers are exact. The one exception is
+public fp8 weights: an item (drivers.py) of at most `direct_rows` rows, 4 ("plain" on x86-64: 2), is summed in the order
+of rows as they lie, with other bits than more rows have, and prepared weights.
 
 Activations and the products they are multiplied in:
 
