@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from qexperts import FORMATS
 from qexperts.bench.environment import environment
-from qexperts.bench.timing import CacheFlusher
+from qexperts.bench.measure import captured
+from qexperts.bench.timing import Sampler
 
 N, K, GROUP = 3072, 1536, 128
 EXPERTS = (8, 134)  # active of 192: top-8 of 1 and of 32 tokens
@@ -54,30 +54,6 @@ def empty_kernel():
     pass
 
 
-def graph_of(launch: Callable[[], object]) -> Callable[[], None]:
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    return graph.replay
-
-
-def medians_us(calls: dict[object, Callable[[], None]], device: torch.device) -> dict[object, float]:
-    """Of interleaved rounds."""
-    flush, times, order = CacheFlusher(device), {key: [] for key in calls}, random.Random(0)
-    for _ in range(ROUNDS):
-        for key in order.sample(list(calls), len(calls)):
-            flush()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            calls[key]()
-            end.record()
-            end.synchronize()
-            times[key].append(1e3 * start.elapsed_time(end))
-    return {key: statistics.median(values) for key, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", metavar="FILE.jsonl", help="append a line for each size")
@@ -91,12 +67,16 @@ def main() -> None:
         for experts in EXPERTS
     }
     words = torch.zeros(max(sizes.values()) // 4, dtype=torch.int32, device=device)
-    calls: dict[object, Callable[[], None]] = {None: graph_of(lambda: empty_kernel[(1,)]())}
+    launches: dict[object, Callable[[], object]] = {None: lambda: empty_kernel[(1,)]()}
     for key, size in sizes.items():
         for each in PROGRAMS:
             grid, blocks = (each * processors,), size // 4 // SPAN
-            calls[key, each] = graph_of(lambda g=grid, b=blocks: read_kernel[g](out, words, b, SPAN, LOADS))
-    times = medians_us(calls, device)
+            launches[key, each] = lambda g=grid, b=blocks: read_kernel[g](out, words, b, SPAN, LOADS)
+    for launch in launches.values():
+        launch()  # compiled before it is captured
+    samples: list[list[float]] = [[] for _ in launches]
+    Sampler(device).rounds([captured(launch, device) for launch in launches.values()], ROUNDS, samples)
+    times = {key: 1e3 * statistics.median(ms) for key, ms in zip(launches, samples, strict=True)}
     lines = [{"what": "empty kernel", "bytes": 0, "median_us": times[None]}]
     for (name, experts), size in sizes.items():
         best = min(times[(name, experts), each] for each in PROGRAMS)
