@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..formats import QuantWeight
 from ..plan import max_tiles
 from .gluon_compat import reinterpret, tma_load
-from .hopper_work import advance, announce, barriers, claim, described, heard, tile
+from .hopper_work import advance, announce, barriers, below, claim, described, heard, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand
@@ -57,23 +57,22 @@ def _produce(
 
 @gluon.jit
 def _produce_class(
-    x128, x64, x32, x16, w_desc, xs, ws, full, empty, i, phase, row, rows, e, first_n,
+    classes, w_desc, xs, ws, full, empty, i, phase, row, rows, e, first_n,
     FIRST: gl.constexpr, END: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    if rows > 64:
-        i, phase = _produce(x128, w_desc, xs, ws, full, empty, i, phase, row, e, first_n, FIRST, END, SLOTS)
-    elif rows > 32:
-        i, phase = _produce(x64, w_desc, xs, ws, full, empty, i, phase, row, e, first_n, FIRST, END, SLOTS)
-    elif rows > 16:
-        i, phase = _produce(x32, w_desc, xs, ws, full, empty, i, phase, row, e, first_n, FIRST, END, SLOTS)
+    """Blocks of a unit in the smallest class that holds its rows. classes: the largest first."""
+    if len(classes) == 1 or rows > below(classes):
+        i, phase = _produce(classes[0][0], w_desc, xs, ws, full, empty, i, phase, row, e, first_n, FIRST, END, SLOTS)
     else:
-        i, phase = _produce(x16, w_desc, xs, ws, full, empty, i, phase, row, e, first_n, FIRST, END, SLOTS)
+        i, phase = _produce_class(
+            classes[1:], w_desc, xs, ws, full, empty, i, phase, row, rows, e, first_n, FIRST, END, SLOTS
+        )
     return i, phase
 
 
 @gluon.jit
 def _producer(
-    x128, x64, x32, x16, w_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, infos, full, empty, info_full,
+    classes, w_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, infos, full, empty, info_full,
     N: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = w_desc.block_shape[1]
@@ -90,14 +89,14 @@ def _producer(
         announce(infos, info_full, n, row, rows, block_n, INFOS)
         n += 1
         i, phase = _produce_class(
-            x128, x64, x32, x16, w_desc, xs, ws, full, empty, i, phase, row, rows, e, block_n * BN, 0, AHEAD, SLOTS
+            classes, w_desc, xs, ws, full, empty, i, phase, row, rows, e, block_n * BN, 0, AHEAD, SLOTS
         )
         # the counter takes its time, and so do the tiles: now the slots are full
         unit = claim(schedule_ptr, back, units)
         next_e, next_row, next_rows, next_n = tile(tiles_ptr, unit, MAX_TILES, BLOCKS_N)
         if AHEAD < NK:
             i, phase = _produce_class(
-                x128, x64, x32, x16, w_desc, xs, ws, full, empty, i, phase, row, rows, e, block_n * BN, AHEAD, NK, SLOTS
+                classes, w_desc, xs, ws, full, empty, i, phase, row, rows, e, block_n * BN, AHEAD, NK, SLOTS
             )
         e, row, rows, block_n = next_e, next_row, next_rows, next_n
     announce(infos, info_full, n, zero, zero, zero, INFOS)
@@ -146,8 +145,25 @@ def _consume(
 
 
 @gluon.jit
+def _consume_class(
+    y_ptr, classes, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n,
+    N: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """A unit in the smallest class that holds its rows; none if there are no rows."""
+    if rows > below(classes):
+        i, phase = _consume(
+            y_ptr, classes[0][0], w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
+        )  # fmt: skip
+    elif len(classes) > 1:
+        i, phase = _consume_class(
+            y_ptr, classes[1:], w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
+        )  # fmt: skip
+    return i, phase
+
+
+@gluon.jit
 def _consumer(
-    y_ptr, x128, x64, x32, x16, w_desc, xs, ws, infos, full, empty, info_full,
+    y_ptr, classes, w_desc, xs, ws, infos, full, empty, info_full,
     N: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = w_desc.block_shape[1]
@@ -158,22 +174,9 @@ def _consumer(
         row, rows, block_n = heard(infos, info_full, n, INFOS)
         first_n = block_n * BN
         n += 1
-        if rows > 64:
-            i, phase = _consume(
-                y_ptr, x128, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
-            )  # fmt: skip
-        elif rows > 32:
-            i, phase = _consume(
-                y_ptr, x64, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
-            )  # fmt: skip
-        elif rows > 16:
-            i, phase = _consume(
-                y_ptr, x32, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
-            )  # fmt: skip
-        elif rows > 0:
-            i, phase = _consume(
-                y_ptr, x16, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
-            )  # fmt: skip
+        i, phase = _consume_class(
+            y_ptr, classes, w_desc, xs, ws, full, empty, i, phase, row, rows, first_n, N, K, SLOTS
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["E", "MAX_TILES"])
@@ -188,17 +191,18 @@ def dense_kernel(
     info_full = barriers(INFOS)
     fence_async_shared()
     tiles_ptr = schedule_ptr + 4 + E + 1
+    classes = ((x128,), (x64,), (x32,), (x16,))
     gl.warp_specialize(
         [
             (
                 _consumer,
-                (y_ptr, x128, x64, x32, x16, w_desc, xs, ws, infos, full, empty, info_full, N, K, SLOTS, INFOS),
+                (y_ptr, classes, w_desc, xs, ws, infos, full, empty, info_full, N, K, SLOTS, INFOS),
             ),
             (
                 _producer,
                 (
-                    x128, x64, x32, x16, w_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, infos, full, empty,
-                    info_full, N, K, SLOTS, INFOS,
+                    classes, w_desc, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, infos, full, empty, info_full,
+                    N, K, SLOTS, INFOS,
                 ),
             ),
         ],

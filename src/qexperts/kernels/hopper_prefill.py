@@ -37,7 +37,7 @@ from ..plan import max_tiles
 from .dequant import code_bits
 from .gluon_compat import reinterpret, thread_barrier, tma_load
 from .hopper_pairs import groups_of, operands_of, pairs_exponent, pairs_of, scale_rows, scales_of
-from .hopper_work import advance, announce, barriers, claim, described, heard, tile
+from .hopper_work import advance, announce, barriers, below, claim, described, heard, rows_of, tile
 from .hopper_work import bind as bind_views
 from .launcher import Launch, Launcher
 from .operand import Operand, tl_dtype
@@ -75,12 +75,6 @@ def _result_layout(rows):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.constexpr_function
-def _rows(descs):  # type: ignore[no-untyped-def]
-    """Rows of a class; more than 64 take a slot of x for each half of a block."""
-    return sum(desc.block_shape[0] for desc in descs)
-
-
 @gluon.jit
 def _box(desc, xs, xi, ROW: gl.constexpr):
     """Rows from ROW on of a slot of x: [BM, 64]."""
@@ -91,8 +85,8 @@ def _box(desc, xs, xi, ROW: gl.constexpr):
 
 @gluon.jit
 def _boxes(descs, xs, xi, HALF: gl.constexpr):
-    """Half a block of x in a slot: [BM, 64] for each of descs."""
-    ROW: gl.constexpr = 64 * HALF if _rows(descs) <= 64 else 0
+    """Half a block of x in a slot, [BM, 64] for each of descs; more than 64 rows take a slot for each half."""
+    ROW: gl.constexpr = 64 * HALF if rows_of(descs) <= 64 else 0
     boxes = ()
     for i in gl.static_range(len(descs)):
         boxes += (_box(descs[i], xs, xi, ROW + i * descs[0].block_shape[0]),)
@@ -105,7 +99,7 @@ def _produce_unit(
     N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST .. END - 1 of a unit."""
-    ROWS: gl.constexpr = _rows(descs)
+    ROWS: gl.constexpr = rows_of(descs)
     HALVES: gl.constexpr = w_desc.block_shape[1]  # of a block: places of a row's words
     GROUPS: gl.constexpr = groups_of(GROUP)
     PARTS: gl.constexpr = ss.shape[0] // (WS * GROUPS)  # scales and, if these lie apart, zero points
@@ -134,41 +128,26 @@ def _produce_unit(
 
 @gluon.jit
 def _produce(
-    x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows,
-    panel, scale_row, N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr,
-    WS: gl.constexpr,
+    classes, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows, panel, scale_row,
+    N: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, XS: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
-    if rows > 96:
+    """Blocks of a unit in the smallest class that holds its rows. classes: the largest first."""
+    if len(classes) == 1 or rows > below(classes):
         xi, xp, wi, wp = _produce_unit(
-            (x128,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
-            scale_row, N, GROUP, FIRST, END, XS, WS,
-        )  # fmt: skip
-    elif rows > 64:
-        xi, xp, wi, wp = _produce_unit(
-            (x64, x32), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
-            scale_row, N, GROUP, FIRST, END, XS, WS,
-        )  # fmt: skip
-    elif rows > 32:
-        xi, xp, wi, wp = _produce_unit(
-            (x64,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
-            scale_row, N, GROUP, FIRST, END, XS, WS,
-        )  # fmt: skip
-    elif rows > 16:
-        xi, xp, wi, wp = _produce_unit(
-            (x32,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
+            classes[0], w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
             scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     else:
-        xi, xp, wi, wp = _produce_unit(
-            (x16,), w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, panel,
-            scale_row, N, GROUP, FIRST, END, XS, WS,
+        xi, xp, wi, wp = _produce(
+            classes[1:], w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row, rows,
+            panel, scale_row, N, GROUP, FIRST, END, XS, WS,
         )  # fmt: skip
     return xi, xp, wi, wp
 
 
 @gluon.jit
 def _producer(
-    x128, x64, x32, x16, w_desc, s_descs, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty,
+    classes, w_desc, s_descs, schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss, infos, x_full, x_empty,
     w_full, w_empty, info_full, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
     XS: gl.constexpr, WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
@@ -186,7 +165,7 @@ def _producer(
         panel = e * (N // 16) + block_n * 8
         scale_row = e * (N // 8 * (K // GROUP)) + block_n * 16
         xi, xp, wi, wp = _produce(
-            x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
+            classes, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
             rows, panel, scale_row, N, GROUP, 0, AHEAD, XS, WS,
         )  # fmt: skip
         # the counter takes its time, and so do the tiles: now the slots are full
@@ -194,7 +173,7 @@ def _producer(
         next_e, next_row, next_rows, next_n = tile(tiles_ptr, unit, MAX_TILES, N // 128)
         if AHEAD < NK:
             xi, xp, wi, wp = _produce(
-                x128, x64, x32, x16, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
+                classes, w_desc, s_descs, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, row,
                 rows, panel, scale_row, N, GROUP, AHEAD, NK, XS, WS,
             )  # fmt: skip
         e, row, rows, block_n = next_e, next_row, next_rows, next_n
@@ -316,7 +295,7 @@ def _consume_unit(
 ):  # fmt: skip
     """w: the first words of this unit; returned: of the next one."""
     GROUPS: gl.constexpr = groups_of(GROUP)
-    WIDE: gl.constexpr = _rows(descs) > 64
+    WIDE: gl.constexpr = rows_of(descs) > 64
     DTYPE: gl.constexpr = descs[0].dtype
     A: gl.constexpr = gl.DotOperandLayout(0, _mma(descs[0].block_shape[0]), 2)
     sums = [_zeros(desc) for desc in descs]
@@ -372,8 +351,28 @@ def _consume_unit(
 
 
 @gluon.jit
+def _consume(
+    y_ptr, classes, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
+    WS: gl.constexpr,
+):  # fmt: skip
+    """A unit in the smallest class that holds its rows; none if there are no rows."""
+    if rows > below(classes):
+        xi, xp, wi, wp, w = _consume_unit(
+            y_ptr, classes[0], xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
+            N, K, FORMAT, SCALE, GROUP, XS, WS,
+        )  # fmt: skip
+    elif len(classes) > 1:
+        xi, xp, wi, wp, w = _consume(
+            y_ptr, classes[1:], xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
+            N, K, FORMAT, SCALE, GROUP, XS, WS,
+        )  # fmt: skip
+    return xi, xp, wi, wp, w
+
+
+@gluon.jit
 def _consumer(
-    y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
+    y_ptr, classes, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, XS: gl.constexpr,
     WS: gl.constexpr, INFOS: gl.constexpr,
 ):  # fmt: skip
@@ -386,31 +385,10 @@ def _consumer(
         row, rows, block_n = heard(infos, info_full, i, INFOS)
         first_n = block_n * 128
         i += 1
-        if rows > 96:
-            xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, (x128,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
-            )  # fmt: skip
-        elif rows > 64:
-            xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, (x64, x32), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
-            )  # fmt: skip
-        elif rows > 32:
-            xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, (x64,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
-            )  # fmt: skip
-        elif rows > 16:
-            xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, (x32,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
-            )  # fmt: skip
-        elif rows > 0:
-            xi, xp, wi, wp, w = _consume_unit(
-                y_ptr, (x16,), xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows,
-                first_n, N, K, FORMAT, SCALE, GROUP, XS, WS,
-            )  # fmt: skip
+        xi, xp, wi, wp, w = _consume(
+            y_ptr, classes, xs, ws, ss, x_full, x_empty, w_full, w_empty, xi, xp, wi, wp, w, row, rows, first_n,
+            N, K, FORMAT, SCALE, GROUP, XS, WS,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["E", "MAX_TILES"])
@@ -428,19 +406,20 @@ def hopper_kernel(
     info_full = barriers(INFOS)
     fence_async_shared()
     tiles_ptr = schedule_ptr + 4 + E + 1
+    classes = ((x128,), (x64, x32), (x64,), (x32,), (x16,))
     gl.warp_specialize(
         [
             (
                 _consumer,
                 (
-                    y_ptr, x128, x64, x32, x16, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
+                    y_ptr, classes, xs, ws, ss, infos, x_full, x_empty, w_full, w_empty, info_full,
                     N, K, FORMAT, SCALE, GROUP, XS, WS, INFOS,
                 ),
             ),
             (
                 _producer,
                 (
-                    x128, x64, x32, x16, w_desc, (s_desc, z_desc), schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss,
+                    classes, w_desc, (s_desc, z_desc), schedule_ptr, tiles_ptr, MAX_TILES, xs, ws, ss,
                     infos, x_full, x_empty, w_full, w_empty, info_full, N, K, FORMAT, GROUP, XS, WS, INFOS,
                 ),
             ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -13,7 +14,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launcher import Launch, Launcher, View
 
-__all__ = ["advance", "announce", "barriers", "bind", "claim", "described", "heard", "tile"]
+__all__ = ["advance", "announce", "barriers", "below", "bind", "claim", "described", "heard", "rows_of", "tile"]
+
+
+@triton.constexpr_function
+def rows_of(descs):  # type: ignore[no-untyped-def]
+    """Rows that a class of tiles holds; descs: descriptors of the boxes of x that it is made of."""
+    return sum(desc.block_shape[0] for desc in descs)
+
+
+@triton.constexpr_function
+def below(classes):  # type: ignore[no-untyped-def]
+    """Rows that fit the next class, for which the first is not needed; classes: the largest first."""
+    return rows_of(classes[1]) if len(classes) > 1 else 0
 
 
 @gluon.jit
