@@ -17,9 +17,10 @@ from qexperts.bench.columns import least_ratio
 from qexperts.bench.environment import environment
 from qexperts.bench.measure import measure_workload
 from qexperts.bench.providers import Binder
+from qexperts.bench.records import Record
 from qexperts.bench.roofline import Ceilings, mandatory_bytes, measure_ceilings
 from qexperts.bench.timing import CacheFlusher, Sampler, median_interval, percentile
-from qexperts.bench.workloads import Workload, decode_distribution, make_inputs
+from qexperts.bench.workloads import DTYPES, Workload, decode_distribution, make_inputs
 from qexperts.routing import Distribution
 from qexperts.strategies import Strategy, parse_strategy
 
@@ -270,6 +271,22 @@ def test_caches_are_read_full_and_on_a_gpu_overwritten_before(
         if flush == "write+read":
             assert log[0][1].nbytes == 6 * 2**20 and log[2][1] is not log[0][1]
     assert timing.flush_method(torch.device(device)) == flush
+
+
+@pytest.mark.parametrize("scale_dtype", [None, *DTYPES])
+def test_records_say_which_scales(scale_dtype: str | None) -> None:
+    def measured(w: Workload) -> Record:
+        candidates = enumerate_candidates(w, CPU, [Strategy("grouped")], ["raw"])
+        record, *_ = measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1)
+        assert record.status == "ok"
+        return record
+
+    w = workload(scale_dtype=scale_dtype)
+    expected = scale_dtype or "bf16"
+    scales = make_inputs(w, CPU).weight.scales
+    assert scales is not None and scales.dtype == DTYPES[expected]
+    record, dense = measured(w), measured(dataclasses.replace(w, format=FORMATS["bf16"]))
+    assert record.scale_dtype == record.scales == expected and dense.scale_dtype is dense.scales is None
 
 
 def test_records_say_how_the_caches_were_made_cold() -> None:

@@ -56,6 +56,7 @@ BAD = {
     "weight layout": (["--weight-layout", "tiles"], ["tiles", "prepared, public"]),
     "peer tries": (["--peer-tries", "-1"], ["--peer-tries -1"]),
     "api": (["--api", "raw,cooked"], ["raw,cooked"]),
+    "scale dtype": (["--scale-dtype", "fp8"], ["fp8", "fp32"]),
     "rounds": (["--rounds", "0"], ["--rounds 0"]),
     "device": (["--device", "nonsense"], ["nonsense"]),
     "device without data": (["--device", "meta"], ["meta"]),

@@ -603,6 +603,10 @@ def test_what_is_refused_before_anything_is_imported(monkeypatch: pytest.MonkeyP
     assert provider.refuse(peer_candidate()) == "not installed: pip install humming-kernels"
     monkeypatch.setattr(humming.importlib.util, "find_spec", lambda name: object())
     assert provider.refuse(peer_candidate()) == "takes weights of at most 8 bits, not bf16"
+    for scale_dtype, why in ((None, None), ("fp32", "its scales have the dtype of the activations, not torch.float32")):
+        t = make_inputs(workload(scale_dtype=scale_dtype), CPU)
+        far.weight, far.x.dtype = t.weight, t.x.dtype
+        assert provider.refuse(peer_candidate()) == why
 
 
 # ---- the issuing host

@@ -165,6 +165,7 @@ class TestColumns:
         ("change", "name"),
         [
             ({"provider": "fused"}, "provider"), ({"group_size": 32}, "group_size"), ({"dtype": "fp16"}, "dtype"),
+            ({"scale_dtype": "fp32"}, "scales"),
             ({"device": "Device 2"}, "device"), ({"weight_layout": "prepared"}, "weight_layout"), ({"seed": 1}, "seed"),
             ({"distribution": "even"}, "distribution"), ({"plan_ms": 0.2}, "plan_ms"),
             ({"peak_bytes": 1}, "peak_bytes"), ({"schedule_ms": 0.01}, "schedule_ms"), ({"host_us": 9.0}, "host_us"),
@@ -180,7 +181,10 @@ class TestColumns:
 
     def test_what_is_constant_is_in_the_caption(self) -> None:
         text = report.caption(INT4 + UNQUANTIZED)
-        assert "recorded, 256 experts, 31,440 rows (238 active, max 2,491), bf16 activations, group 128" in text
+        assert (
+            "recorded, 256 experts, 31,440 rows (238 active, max 2,491), bf16 activations, group 128, bf16 scales"
+            in text
+        )
         assert text.endswith("Device 1, torch 2.11.0; ceilings: matmul 2,000 TFLOP/s, copy 4,000 GB/s")
 
     def test_caption_says_scaled_and_spans_ceilings(self) -> None:
@@ -457,7 +461,7 @@ class TestCompare:
         assert (f"{before} -> {after}: " in text and ": why" in text) is (verdict == "regressed")
 
     def test_matching_ignores_where_and_when_but_not_what(self) -> None:
-        a = [record(10.0), clip(5.0, 64), grouped(3.0, group_size=32)]
+        a = [record(10.0), clip(5.0, 64), grouped(3.0, group_size=32), grouped(3.0, scale_dtype="fp32")]
         b = [record(10.0, device="Device 2", torch="2.13.0", time="2027"), clip(5.0, 128), grouped(3.0)]
         result = comparing.compare(a, b, 0.05)
         assert [row.a.strategy for row in result.rows] == ["per_expert"]
@@ -467,6 +471,11 @@ class TestCompare:
             r"only in B: .*pad_and_clip\(128\)", text
         )
         assert "A: Device 1, torch 2.11.0" in text and "B: Device 2, torch 2.13.0" in text
+
+    def test_scales_are_of_the_dtype_of_the_activations_where_a_record_does_not_say(self) -> None:
+        old, new = record(10.0), record(9.0, scale_dtype="bf16")
+        assert (old.scales, new.scales, record(1.0, **BF16).scales) == ("bf16", "bf16", None)
+        assert len(comparing.compare([old], [new]).rows) == 1
 
     def test_another_flush_is_said(self) -> None:
         """A record without the field was made by overwriting alone."""

@@ -59,6 +59,9 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 _EXPERTS = click.option("--experts", type=int, help="Number of experts; the distribution is resampled to it.")
 _GROUP_SIZE = click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale.")
+_SCALE_DTYPE = click.option(
+    "--scale-dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of the scales.  [default: --dtype]"
+)
 _WEIGHT_LAYOUT = click.option(
     "--weight-layout", default="prepared", show_default=True,
     help="Comma list of prepared and public, of the weights that fused kernels read.",
@@ -97,6 +100,7 @@ _shared = _options(
     click.option("--n", type=int, help="Outputs of the projection. Default: both recorded projections."),
     click.option("--k", type=int, help="Contraction of the projection."),
     _GROUP_SIZE,
+    _SCALE_DTYPE,
     _formats("all"),
     click.option("--strategies", default="all", show_default=True, help="Comma list, e.g. grouped,pad_and_clip."),
     click.option("--provider", help="Comma list of torch, fused (kernels on packed weights), of its backends on GPUs "
@@ -165,6 +169,7 @@ def decode(out: str, **options: Any) -> None:
 @click.option("--hidden", type=int, help="H.  [default: 3072, that of the recorded workload]")
 @click.option("--intermediate", type=int, help="I.  [default: 1536, that of the recorded workload]")
 @_GROUP_SIZE
+@_SCALE_DTYPE
 @_formats("int4_sym")
 @_WEIGHT_LAYOUT
 @click.option(

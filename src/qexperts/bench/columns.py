@@ -255,6 +255,7 @@ WORKLOAD = [
     Column("top_k", "top_k", "", field("top_k"), count_text, show="varies", caption="top_k {}".format),
     Column("dtype", "dtype", "", field("dtype"), str, "left", "varies", caption="{} activations".format),
     Column("group_size", "group", "", field("group_size"), count_text, show="varies", caption="group {}".format),
+    Column("scales", "scales", "", field("scales"), str, "left", "varies", caption="{} scales".format),
     Column("seed", "seed", "", field("seed"), str, show="varies"),
 ]
 WHO = [

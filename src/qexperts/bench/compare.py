@@ -165,6 +165,7 @@ _COLUMNS = [
     _field("n", "N", show="varies"),
     _field("k", "K", show="varies"),
     _field("group_size", "group", show="varies"),
+    _field("scales", show="varies", justify="left"),
     _field("seed", show="varies"),
     _field("scope", justify="left"),
     Column("strategy", "strategy", "", lambda row: label(row.a), justify="left"),

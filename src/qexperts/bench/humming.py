@@ -70,6 +70,9 @@ class HummingProvider:
             return f"not installed: pip install {PACKAGE}"
         if not fmt.quantized:
             return f"takes weights of at most 8 bits, not {fmt.name}"
+        scales = self._t.weight.scales
+        if scales is not None and scales.dtype != self._t.x.dtype:
+            return f"its scales have the dtype of the activations, not {scales.dtype}"
         return None
 
     def plan(self, candidate: Candidate) -> Callable[[], object] | None:

@@ -215,6 +215,7 @@ def template_of(
         n=n,
         k=k,
         group_size=group_size,
+        scale_dtype=(w.scale_dtype or w.dtype) if w.format.quantized else None,
         format=w.format.name,
         dtype=w.dtype,
         seed=w.seed,

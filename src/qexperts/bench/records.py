@@ -52,6 +52,7 @@ class Record:
     api: str  # "raw": launcher on preallocated buffers; "wrapper": the public call
     weight_layout: str  # "public" | "prepared"
     phase: str | None = None  # "decode" | "prefill" | "auto" (by the counts); None: no such choice
+    scale_dtype: str | None = None  # of the scales; in older records None: that of the activations
     activation_format: str | None = None  # "int8": activations rounded by row and group; "q8_0": by row and 32 of k
     config: str | None = None  # of the kernel: tile sizes; of a peer: its version and configuration
     batch: int | None = None  # decode: tokens
@@ -104,6 +105,11 @@ class Record:
     schema: int = SCHEMA
 
     @property
+    def scales(self) -> str | None:
+        """Dtype of the scales; None without scales."""
+        return self.scale_dtype or (None if self.group_size is None else self.dtype)
+
+    @property
     def tflops(self) -> float | None:
         """Useful work over the median time, 1e12 FLOP/s."""
         return self.flop / self.median_ms / 1e9 if self.median_ms else None
@@ -144,7 +150,7 @@ class Record:
         """What was multiplied, apart from the format, where, and after which flush: times that may be compared."""
         return (
             self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens, self.n, self.k,
-            self.group_size, self.dtype,
+            self.group_size, self.dtype, self.scales,
             self.seed, self.batch, self.top_k, self.layers, self.decode_steps, self.step, self.device, self.torch,
             self.flush,
         )  # fmt: skip
@@ -153,7 +159,7 @@ class Record:
         """Identity across runs: what `compare` matches on (not device, versions or time)."""
         return (
             self.kind, self.distribution, tuple(self.num_tokens_per_expert), self.num_experts, self.total_tokens,
-            self.n, self.k, self.group_size,
+            self.n, self.k, self.group_size, self.scales,
             self.format, self.dtype, self.seed, self.provider, self.strategy, self.threshold, self.scope, self.gather,
             self.graph, self.api, self.weight_layout, self.phase, self.batch, self.top_k, self.activation_format,
             self.threads, self.step, self.layers, self.decode_steps, self.decode_threshold,

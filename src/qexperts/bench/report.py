@@ -119,7 +119,7 @@ def _groups(items: Iterable[Record], key: Callable[[Record], Any]) -> list[list[
 
 def _rank_key(record: Record) -> tuple[Any, ...]:
     """Records that compete to be the best: one workload, format, scope and precision; raw and wrapped calls apart."""
-    key = (record.workload_key(), record.group_size, record.format, record.scope, record.api, record.torch)
+    key = (record.workload_key(), record.format, record.scope, record.api, record.torch)
     return (*key, record.activation_format)
 
 
@@ -143,7 +143,7 @@ def _full_rows(records: Sequence[Record]) -> list[Row]:
 
 def _contest(record: Record) -> tuple[Any, ...]:
     """Records of the same product: those of one are each other's peers."""
-    return (record.format, record.workload_key(), record.group_size, record.api, record.torch)
+    return (record.format, record.workload_key(), record.api, record.torch)
 
 
 def _but_for_threads(record: Record) -> tuple[Any, ...]:

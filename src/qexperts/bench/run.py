@@ -48,6 +48,7 @@ class BenchOptions:
         tokens: rows over all experts (S).
         provider: comma list; by default torch, and fused on a GPU with Triton and on a CPU with llvmlite.
         weight_layout: comma list, of the weights that fused kernels read.
+        scale_dtype: of the scales; None: that of the activations.
         activation_format: "int8" adds rows of the fused kernels on activations rounded by row and group.
         threads: comma list, CPUs only: every row with each number of threads.
         peer_tries: configurations that a peer tries besides its default one; each is compiled.
@@ -62,6 +63,7 @@ class BenchOptions:
     n: int | None = None
     k: int | None = None
     group_size: int = 128
+    scale_dtype: str | None = None
     formats: str = "all"
     strategies: str = "all"
     thresholds: str | None = None
@@ -120,6 +122,8 @@ def prepare(options: BenchOptions) -> Job:
     device = pick_device(options.device)
     if options.dtype not in DTYPES or (options.dtype == "fp32" and device.type != "cpu"):
         raise ValueError(f"--dtype {options.dtype}: expected bf16 or fp16 (fp32 on the CPU only)")
+    if options.scale_dtype not in (None, *DTYPES):
+        raise ValueError(f"--scale-dtype {options.scale_dtype}: expected one of {', '.join(DTYPES)}")
     if options.peer_tries < 0:
         raise ValueError(f"--peer-tries {options.peer_tries}: expected at least 0")
     if options.rounds is not None and options.rounds < 1:
@@ -275,7 +279,7 @@ def _layer(o: BenchOptions, scaled: bool) -> list[LayerWorkload]:
     note = "; ".join(filter(None, (distribution.scaled, divided))) or None
     sizes = (o.layers, o.decode_steps, o.batch, o.top_k, hidden, intermediate, o.group_size)
     return [
-        LayerWorkload(distribution, *sizes, f, o.dtype, o.seed, o.decode_threshold, note)
+        LayerWorkload(distribution, *sizes, f, o.dtype, o.seed, o.decode_threshold, note, o.scale_dtype)
         for f in select_formats(o.formats, o.dtype)
     ]
 
@@ -288,7 +292,9 @@ def _workloads(o: BenchOptions, scaled: bool, distribution: Distribution, note: 
         sizes = [(n // CPU_DIVISOR, k // CPU_DIVISOR) for n, k in sizes]
     formats = select_formats(o.formats, o.dtype)
     return [
-        Workload(o.kind, distribution, n, k, o.group_size, f, o.dtype, o.seed, note) for n, k in sizes for f in formats
+        Workload(o.kind, distribution, n, k, o.group_size, f, o.dtype, o.seed, note, o.scale_dtype)
+        for n, k in sizes
+        for f in formats
     ]
 
 

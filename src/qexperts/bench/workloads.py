@@ -35,6 +35,7 @@ class Workload:
     Attributes:
         distribution: rows of each expert.
         scaled: how this differs from the workload it stands for, None if it does not.
+        scale_dtype: of the scales, a name of `DTYPES`; None: that of the activations.
         batch, top_k: decode only: the tokens and the experts per token that the distribution comes from.
     """
 
@@ -47,6 +48,7 @@ class Workload:
     dtype: str
     seed: int
     scaled: str | None = None
+    scale_dtype: str | None = None
     batch: int | None = None
     top_k: int | None = None
 
@@ -75,6 +77,7 @@ class LayerWorkload:
         batch: sequences of a decode step.
         decode_threshold: rows per expert up to which a call that looks at the counts is a decode.
         scaled: how this differs from the workload it stands for, None if it does not.
+        scale_dtype: of the scales, a name of `DTYPES`; None: that of the activations.
     """
 
     distribution: Distribution
@@ -90,6 +93,7 @@ class LayerWorkload:
     seed: int
     decode_threshold: int = 4
     scaled: str | None = None
+    scale_dtype: str | None = None
     kind: str = "layer"
 
     def check(self) -> None:
@@ -129,7 +133,7 @@ def _check(where: str, workload: Workload | LayerWorkload, n: int, k: int) -> No
 def make_inputs(workload: Workload, device: torch.device) -> Inputs:
     """A workload's tensors, made on the device: x standard normal, weights normal of variance 1/K.
 
-    Public layout, group scales in the activation dtype.
+    Public layout, group scales.
     """
     w, dist = workload, workload.distribution
     generator = torch.Generator(device).manual_seed(w.seed)
@@ -144,7 +148,8 @@ def random_weight(workload: Workload | LayerWorkload, n: int, k: int, generator:
     dense = torch.empty((experts, n, k), dtype=workload.torch_dtype, device=device)
     for expert in range(experts):
         dense[expert] = torch.randn((n, k), generator=generator, device=device).mul_(k**-0.5)
-    return quantize(dense, workload.format, group_size=workload.group_size)
+    scale_dtype = DTYPES[workload.scale_dtype or workload.dtype]
+    return quantize(dense, workload.format, group_size=workload.group_size, scale_dtype=scale_dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
