@@ -45,10 +45,10 @@ no_layout = triton_backend.no_layout
 BLOCK = 128  # N and K are multiples of it, and so is the group size, if it is neither K nor one of
 GROUPS = (16, 32, 64)
 
-# Formats in which it was measured to be faster than "triton": 1.25 to 1.40 times as fast on the recorded workload, 1.08
-# to 1.27 times with 128 rows for each expert (results/h100/prefill_hopper*.jsonl); with groups of 32 and 64 1.2 to 1.6
-# and 1.1 to 1.3 times. Unquantized weights are not among them: up to 1.07 times as fast on the recorded workload, but
-# 0.96 times where every expert has as many rows. See `preferred` too.
+# Formats in which it was measured to be faster than "triton" (results/h100/prefill_hopper*.jsonl): 1.25 to 1.40 times as
+# fast on the recorded workload, 1.08 to 1.27 times with 128 rows for each expert; with scales of another dtype than the
+# activations, or groups of 16 to 64, 1.24 to 3.8 and 1.09 to 1.9 times. Unquantized weights are not among them: up to
+# 1.07 times as fast on the recorded workload, but 0.96 times where every expert has as many rows.
 FASTER = tuple(fmt.name for fmt in FORMATS.values() if fmt.quantized)
 
 
@@ -62,14 +62,8 @@ def supports(problem: Problem) -> tuple[str | None, str, bool]:
 
 
 def preferred(problem: Problem) -> bool:
-    """Whether `auto` takes this backend where it can run.
-
-    Not for scales of another dtype than the activations, nor groups of 16: there it was 1.1 to 3.9 times as fast as
-    "triton" (but groups of 16 with 8-bit codes 0.99 to 1.4 times), with the same bits, before there was a class of 96
-    rows; the kernels as they are have not run since.
-    """
-    same = problem.scale_dtype == problem.dtype and problem.group_size != 16
-    return problem.phase != "decode" and problem.format.name in FASTER and same
+    """Whether `auto` takes this backend where it can run."""
+    return problem.phase != "decode" and problem.format.name in FASTER
 
 
 @functools.cache
