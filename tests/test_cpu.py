@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_avx512_compiles_where_it_does_not_run(
 # ---- rows of public weights
 
 
+@pytest.fixture(params=[False, True], ids=["others", "zen"])
+def zen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Kernels as they are tuned for a processor of AMD, and for others, whatever this one is."""
+    from qexperts.kernels_cpu import isa
+
+    def forget() -> None:
+        isa._isa.cache_clear()
+        isa.choose.cache_clear()
+        cpu_backend._BOUND.clear()
+
+    monkeypatch.setattr(isa, "_zen", lambda: request.param)
+    forget()
+    yield request.param
+    forget()
+
+
 @pytest.mark.parametrize(
     ("fmt", "k", "group", "words"),
     [
@@ -158,12 +175,14 @@ def test_avx512_compiles_where_it_does_not_run(
 )
 @pytest.mark.parametrize("isa", [name for name in isas() if name != "plain"])
 def test_rows_of_public_weights_give_the_bits_of_prepared_ones(
-    isa: str, fmt: str, k: int, group: int, words: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, fmt: str, k: int, group: int, words: int, zen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QEXPERTS_CPU_ISA", isa)
     inputs = make_inputs(Case((1, 2, 3, 4, 0, 5), 112, k, fmt, group))
     weight = inputs.weight
-    assert cpu_backend._kind(weight, "bf16", "bf16", int8=False, exact=False).row_words == words
+    gathered = zen and isa.startswith("avx512") and weight.format.bits == 2
+    kind = cpu_backend._kind(weight, "bf16", "bf16", int8=False, exact=False)
+    assert kind.row_words == (0 if gathered else words) and kind.isa.near != zen
     y = multiply(inputs)
     assert_no_worse(y, inputs.oracle, inputs.peer, k)
     prepared = prepare(weight.with_tensors(*(t.clone() for t in weight.tensors)), "cpu")
@@ -217,7 +236,7 @@ def test_rows_in_registers_of_16_lanes(fmt: str, group: int, monkeypatch: pytest
     inputs = make_inputs(Case((1, 2, 3, 4, 0, 5), 112, 512, fmt, group))
     w = inputs.weight
     calls = [cpu_backend.BoundCall(w, torch.bfloat16, wide=False, int8=False)]
-    wide = dataclasses.replace(cpu_backend._isa_used(), name="16 lanes", lanes=16, panels=4)
+    wide = dataclasses.replace(cpu_backend._isa_used(), name="16 lanes", lanes=16, panels=4, gathered_bits=0)
     monkeypatch.setattr(cpu_backend, "_isa_used", lambda: wide)
     calls += [cpu_backend.BoundCall(w, torch.bfloat16, wide=False, int8=False)]
     assert calls[1]._kernel.kind.row_words and calls[1]._kernel.kind.isa.set_rows == 4
@@ -252,7 +271,7 @@ def test_rows_of_fp8_weights_in_pairs_of_bf16(
     monkeypatch.setattr(Emitter, "dot_bf16", dot_bf16)
     monkeypatch.setattr(MicroKernels, "_as_bf16", as_bf16)
     pairs = dataclasses.replace(
-        cpu_backend._isa_used(), name="pairs of bf16", lanes=16, panels=4, dots=("bf16", "fp32")
+        cpu_backend._isa_used(), name="pairs of bf16", lanes=16, panels=4, dots=("bf16", "fp32"), gathered_bits=0
     )
     monkeypatch.setattr(cpu_backend, "_isa_used", lambda: pairs)
     inputs = make_inputs(Case((1, 2, 3, 4, 0, 5), 112, 512, fmt, group, dtype))

@@ -59,7 +59,7 @@ LAYOUT = "panels"
 DEVICES = ("cpu",)
 UNIT = 16  # k that K and group sizes are multiples of
 UNPACKED_BYTES = 2**18  # of weights that are unpacked at once: they stay in the second cache
-GATHERED_BYTES = 2**15  # of public weights that are gathered at once for few rows
+GATHERED_BYTES = 2**13  # of public weights that are gathered at once for few rows
 WIDEST_GROUP = 256  # k; where scales are wider, sums are cut all the same
 _LEAST_ROW_WORDS = 4  # 128 bits, inside which sums are transposed first
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -238,7 +238,8 @@ def _row_words(kind: Kind, group_words: int, words: int) -> int:
     other bits so, all others are gathered into panels.
     """
     lanes, fp8 = kind.isa.lanes, kind.format.startswith("fp8")
-    if kind.source != "rows" or not (kind.whole or fp8) or words % max(lanes, group_words):
+    as_they_lie = (kind.whole and kind.bits > kind.isa.gathered_bits) or fp8
+    if kind.source != "rows" or not as_they_lie or words % max(lanes, group_words):
         return 0
     fits = group_words % lanes == 0 or lanes % group_words == 0
     return group_words if fits and group_words >= _LEAST_ROW_WORDS else 0

@@ -45,9 +45,9 @@ no_layout = triton_backend.no_layout
 BLOCK = 128  # N and K are multiples of it, and so is the group size, if it is neither K nor one of
 GROUPS = (16, 32, 64)
 
-# Formats in which it was measured to be faster than "triton" (results/h100/prefill_hopper*.jsonl): 1.25 to 1.40 times as
-# fast on the recorded workload, 1.08 to 1.27 times with 128 rows for each expert; with scales of another dtype than the
-# activations, or groups of 16 to 64, 1.24 to 3.8 and 1.09 to 1.9 times. Unquantized weights are not among them: up to
+# Formats in which it was measured to be faster than "triton": 1.25 to 1.40 times as fast on the recorded workload, 1.08
+# to 1.27 times with 128 rows for each expert; with scales of another dtype than the activations, or groups of 16 to 64,
+# 1.24 to 3.8 and 1.09 to 1.9 times (results/h100/prefill_hopper*.jsonl). Unquantized weights are not among them: up to
 # 1.07 times as fast on the recorded workload, but 0.96 times where every expert has as many rows.
 FASTER = tuple(fmt.name for fmt in FORMATS.values() if fmt.quantized)
 

@@ -36,6 +36,13 @@ def executable() -> tuple[str, ...]:
     return tuple(name for name in ORDER if not _missing(name))
 
 
+def _zen() -> bool:
+    """Whether this is a Zen of AMD, measured on Zen 4: what is fetched ahead into the second cache, not the first, is
+    read up to 1.3 times as fast, and 2-bit codes in the public order take 0.8 times as long if gathered, since moving
+    quarters of registers costs as much as products. Intel's Xeon is faster the other way round."""
+    return binding.get_host_cpu_name().startswith("znver")
+
+
 @functools.cache
 def _isa(name: str) -> Isa:
     if name == "plain":
@@ -44,13 +51,14 @@ def _isa(name: str) -> Isa:
         return Isa(name, cpu, "", 4, 1, 4 if arm else 2, halves=arm)
     features = ",".join(f"+{feature}" for feature in NEEDS[name])
     if name == "avx2":
-        return Isa(name, "x86-64-v3", features, 8, 1, 6, ("int16", "fp32"))
+        return Isa(name, "x86-64-v3", features, 8, 1, 6, ("int16", "fp32"), near=not _zen())
     dots: tuple[str, ...] = ("int16", "fp32")
     if name == "avx512_bf16":
         dots = ("bf16", "int8", *dots)
         features += ",+fast-dpwssd"  # else LLVM makes two instructions of many a `vpdpwssd`
+    cpu = binding.get_host_cpu_name() if dots[0] == "bf16" else "x86-64-v4"
     # 24 accumulators of 32 registers
-    return Isa(name, binding.get_host_cpu_name() if dots[0] == "bf16" else "x86-64-v4", features, 16, 4, 6, dots)
+    return Isa(name, cpu, features, 16, 4, 6, dots, near=not _zen(), gathered_bits=2 if _zen() else 0)
 
 
 @functools.cache

@@ -21,8 +21,6 @@ __all__ = ["MicroKernels", "quarters_transposed"]
 
 Multiply = Callable[[Any, "_Products"], None]  # a group; its sums
 
-AHEAD = 64  # words of a panel that are fetched before they are read: 4 KiB
-
 
 def _fp8_value(name: str, code: int) -> float:
     """What a code of 7 bits, without its sign, stands for."""
@@ -138,17 +136,16 @@ class MicroKernels:
         if k.format == "int8_sym":
             halves = e.cast(word, vector(I16, 2 * word.type.count))
             return [e.cast(e.bits(one, "ashr", 8), word.type) for one in (e.bits(halves, "shl", 8), halves)]
-        at_once = k.isa.lanes < 16  # AVX-512 masks and flips in one instruction, so for each operand
-        if at_once and k.offset:
+        if (
+            k.offset
+        ):  # all at once: AVX-512 could mask and flip in one instruction, which takes Zen 4 as long as a product
             word = e.bits(word, "xor", _integer(sum(k.offset << i for i in range(0, 32, k.bits)), 32, False))
         found = []
         for i in range(k.operands):
             left = k.bits * (i % ways) if k.bits < 8 else 0
             right = k.bits * i - left
             shifted = e.bits(word, "lshr", right) if right else word
-            mask, flip = (0x10001 * value << left for value in ((1 << k.bits) - 1, k.offset))
-            one = e.bits(shifted, "and_", mask)
-            found.append(one if at_once else e.bits(one, "xor", flip))
+            found.append(e.bits(shifted, "and_", 0x10001 * ((1 << k.bits) - 1) << left))
         return found
 
     def most_ways(self, registers: int) -> int:
@@ -368,16 +365,17 @@ class MicroKernels:
         self._multiply(e, a, (rows, self.k.isa.direct_rows), multiply, (x, sums, scales, total), (first_group, groups))
 
     def _prefetch(self, e: Emitter, a: Any, w: Any, panel: Any, ahead: Any, place: Any) -> None:
-        """Have as much fetched as a step of `multiply_packed` reads: what it will read AHEAD words later, at the end
+        """Have as much fetched as a step of `multiply_packed` reads: what it will read so many words later, at the end
         of a panel what comes next; for rows, which are gathered from many places at once, the next block, line by line
         as it lies."""
         k, b = self.k, e.builder
         if k.source == "panels":
-            words, later = e.field(a, Arg.WORDS), e.add(place, AHEAD)
+            ahead_of = 64 if k.isa.near else 128 // k.panels  # near: 4 KiB of each panel; else 8 KiB of all
+            words, later = e.field(a, Arg.WORDS), e.add(place, ahead_of)
             inside = b.icmp_signed("<", later, words)
             base = b.select(inside, w, b.sub(ahead, e.mul(words, 64)))
             for p in range(k.panels):
-                e.prefetch(base, e.add(e.mul(panel, p), e.mul(later, 64)))
+                e.prefetch(base, e.add(e.mul(panel, p), e.mul(later, 64)), near=k.isa.near)
         elif k.source == "rows":
             for p in range(k.panels):
                 e.prefetch(ahead, e.add(e.mul(place, 64 * k.panels), 64 * p), near=False)

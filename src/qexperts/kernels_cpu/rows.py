@@ -39,7 +39,8 @@ class RowKernels:
         self._size = max(1, micro.k.row_words // self._words)  # registers of a segment
         self._at_once = max(1, self._set // self._size)  # segments that are loaded together
         # What is read next is fetched: whole rows later, this many bytes and at most a row more; into which cache.
-        self._near, self._ahead = (True, 3072) if self._set > 1 else (False, 16384)
+        self._near = micro.k.isa.near and self._set > 1
+        self._ahead = 3072 if self._near else 4096 if self._set > 1 else 16384
 
     def _registers(self, e: Emitter, a: Any) -> Any:
         """Of a row."""

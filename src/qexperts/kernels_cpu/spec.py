@@ -55,6 +55,8 @@ class Isa:
         panels, rows: of the largest block of accumulators: rows * panels * 16 / lanes registers.
         dots: "bf16", "int8" and "int16" where it has instructions for them; "fp32" everywhere.
         halves: whether it converts between fp16 and fp32.
+        near: whether what is read next is fetched into the first cache, not the second.
+        gathered_bits: codes of at most so many bits are gathered into panels even for few rows (rows.py).
     """
 
     name: str
@@ -65,6 +67,8 @@ class Isa:
     rows: int
     dots: tuple[str, ...] = ("fp32",)
     halves: bool = True
+    near: bool = True
+    gathered_bits: int = 0
 
     @property
     def direct_rows(self) -> int:
