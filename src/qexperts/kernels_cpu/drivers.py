@@ -110,12 +110,13 @@ def _gemm(e: Emitter, a: Any, kind: Kind) -> None:
     scratch = _at(e, a, Arg.SCRATCH, thread)
     count = e.mul(e.field(a, Arg.ITEM_COUNT), units.blocks)
     last_row = e.variable(I64, e.number(-1))
+    taken = e.variable(I64, e.fetch_add(a, Arg.NEXT, 1))
     with e.forever() as leave_if:
-        u = e.fetch_add(a, Arg.NEXT, 1)
+        u = taken.get()
         leave_if(u, ">=", count)
-        # each other thread will have taken one by then, most likely
-        next_u = e.add(e.least(count, e.add(e.field(a, Arg.NEXT), e.field(a, Arg.JOINED))), -1)
-        last_row.set(units.multiply(u, next_u, scratch, last_row.get()))
+        next_u = e.fetch_add(a, Arg.NEXT, 1)
+        taken.set(next_u)
+        last_row.set(units.multiply(u, e.least(next_u, e.add(count, -1)), scratch, last_row.get()))
 
 
 class _Units:
