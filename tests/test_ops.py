@@ -38,8 +38,10 @@ QUANTIZED = [name for name, fmt in FORMATS.items() if fmt.quantized]
 UNQUANTIZED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 # What must run, by (format, backend) and device: a capability that gets lost fails here, not silently elsewhere.
-# "cuda" is checked by test_gpu.py, on NVIDIA from sm_80 on.
+# "cuda" is checked by test_gpu.py, on NVIDIA from sm_80 on; a capability of NVIDIA's by its name.
 SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
+    ("bf16", "hopper"): ("sm_90",),
+    ("fp16", "hopper"): ("sm_90",),
     ("bf16", "triton"): ("cuda",),
     ("fp16", "triton"): ("cuda",),
     ("int8_sym", "triton"): ("cuda",),
@@ -71,7 +73,7 @@ SUPPORT: dict[tuple[str, str], tuple[str, ...]] = {
     ("fp8_e4m3", "torch"): ("cpu", "cuda"),
     ("fp8_e5m2", "torch"): ("cpu", "cuda"),
 }
-FORWARD_ONLY = ("triton", "cpu")  # backends whose gradients run on another
+FORWARD_ONLY = ("triton", "hopper", "cpu")  # backends whose gradients run on another
 
 
 def name_of(value: object) -> str:

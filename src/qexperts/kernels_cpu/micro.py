@@ -136,9 +136,7 @@ class MicroKernels:
         if k.format == "int8_sym":
             halves = e.cast(word, vector(I16, 2 * word.type.count))
             return [e.cast(e.bits(one, "ashr", 8), word.type) for one in (e.bits(halves, "shl", 8), halves)]
-        if (
-            k.offset
-        ):  # all at once: AVX-512 could mask and flip in one instruction, which takes Zen 4 as long as a product
+        if k.offset:  # at once: AVX-512's mask and flip in one instruction takes as long as a product on Zen 4
             word = e.bits(word, "xor", _integer(sum(k.offset << i for i in range(0, 32, k.bits)), 32, False))
         found = []
         for i in range(k.operands):
