@@ -169,6 +169,8 @@ def zen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("int2_sym", 512, 256, 16),
         ("int2_asym", 512, 64, 4),
         ("int4_sym", 400, 16, 0),  # groups smaller than what is transposed at once
+        ("int4_sym", 576, 48, 0),  # groups that are no whole squares of words
+        ("int2_asym", 960, 240, 0),
         ("int4_asym", 272, 16, 0),
         ("int8_sym", 1056, 1056, 0),  # the last part of K is short
     ],
@@ -202,7 +204,7 @@ def test_rows_of_public_weights_give_the_bits_of_prepared_ones(
 )
 @pytest.mark.parametrize("isa", isas())
 def test_rows_of_public_fp8_weights_have_the_same_bits_beside_any_others(
-    isa: str, fmt: str, dtype: torch.dtype, k: int, group: int, words: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, fmt: str, dtype: torch.dtype, k: int, group: int, words: int, zen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of fp32 have an order of their own: other bits than prepared weights give, but the same for 1 to
     `direct_rows` rows and on any number of threads."""

@@ -57,6 +57,16 @@ def fused_candidates(w: Workload, device: torch.device, apis: list[str], layouts
 # ---- what is measured
 
 
+def test_the_public_call_on_public_weights_takes_scales_of_the_activations_dtype() -> None:
+    w = workload(scale_dtype="fp32")
+    candidates = fused_candidates(w, CPU, ["raw", "wrapper"], ["prepared", "public"])
+    records = measure_workload(w, candidates, CEILINGS, ENV, CPU, rounds=1)
+    found = {(r.api, r.weight_layout): r.reason for r in records}
+    reason = "moe() takes scales of the activations' dtype, torch.bfloat16, not torch.float32"
+    assert found.pop(("wrapper", "public")) == reason
+    assert found == dict.fromkeys([("raw", "prepared"), ("raw", "public"), ("wrapper", "prepared")])
+
+
 def test_every_strategy_is_measured_on_the_kernels() -> None:
     found = fused_candidates(workload(), CPU, ["raw"], ["prepared", "public"])
     assert {(c.layout, str(c.strategy)) for c in found} == {

@@ -4,7 +4,8 @@
     pack       activations into the order of the weights' codes, if they are not in it
     gemm       threads take units, an item times 64 (16) columns: few rows multiply what they unpack, many rows unpack
                a block of the weight once into the cache; public weights are gathered into that order, or, if they
-               are fp8 or sums are integers, multiplied with few rows as they lie
+               are fp8 or sums are integers, multiplied with few rows as they lie (but on Zen with AVX-512 codes of 2
+               and 4 bits are gathered)
 
 The same call gives the same bits on any number of threads, in decode and prefill, and with public and prepared weights:
 what lies in panels or is gathered into them has one order of sums, and sums of integers are exact. The one exception is
@@ -34,6 +35,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +237,7 @@ def _row_words(kind: Kind, group_words: int, words: int) -> int:
 
     Sums of integers are the same in any order. Of fp32, a row as it lies gives a sum for each lane, and panels would
     give the same bits only with as many sums for each column, which no kernel has the registers for: fp8 weights have
-    other bits so, all others are gathered into panels.
+    other bits so, all others are gathered into panels, and codes of few bits where that is faster.
     """
     lanes, fp8 = kind.isa.lanes, kind.format.startswith("fp8")
     as_they_lie = (kind.whole and kind.bits > kind.isa.gathered_bits) or fp8
@@ -251,7 +253,8 @@ def _kernel(weight: QuantWeight, kind: Kind) -> _Kernel:
     k, group = weight.K, _shared_k(weight.scale_layout, weight.group_size, weight.K)
     groups, group_words, words = -(-k // group), group // kind.per_word, k // kind.per_word
     block = min(groups, max(1, UNPACKED_BYTES // (group_words * kind.operands * kind.panels * PANEL * 4)))
-    chunk = min(groups, max(1, GATHERED_BYTES // (group_words * kind.panels * PANEL * 4)))
+    whole = kind.isa.lanes // math.gcd(kind.isa.lanes, group_words)  # groups that are whole squares of words
+    chunk = min(groups, max(1, GATHERED_BYTES // (group_words * kind.panels * PANEL * 4) // whole) * whole)
     return _Kernel(
         kind=kind,
         run=build.function("run", kind),

@@ -126,7 +126,8 @@ def _range(record: Record) -> tuple[float, float] | None:
 def _setting(record: Record) -> str:
     """A configuration without its strategy."""
     workload = f"{record.kind} {record.distribution} S={record.total_tokens} N={record.n} K={record.k}"
-    return f"{workload} {record.format} ({record.dtype} activations) {record.provider} {record.scope}"
+    scales = "" if record.scales is None else f", {record.scales} scales, group {record.group_size}"
+    return f"{workload} {record.format} ({record.dtype} activations{scales}) {record.provider} {record.scope}"
 
 
 def _listed(records: Sequence[Record]) -> list[str]:

@@ -44,6 +44,9 @@ class PackedProvider:
     def refuse(self, candidate: Candidate) -> str | None:
         if candidate.layout == "prepared" and (reason := BACKENDS[self._names[0]].no_layout(self._t.weight)):
             return reason
+        scales, dtype = self._t.weight.scales, self._t.x.dtype
+        if candidate.api == "wrapper" and candidate.layout == "public" and scales is not None and scales.dtype != dtype:
+            return f"moe() takes scales of the activations' dtype, {dtype}, not {scales.dtype}"
         problem, name = self._problem(candidate), self._backend(candidate)
         if reason := BACKENDS[name].supports(problem)[0]:
             return reason

@@ -85,8 +85,18 @@ def _projections(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     """Prefill records that belong into one figure, with a file name that says what differs between figures."""
     shown = (r for r in records if r.kind == "prefill" and r.activation_format is None)
     kept = list(newest(shown, lambda r: (r.config_key(), r.device)).values())
-    split = ("num_experts", "total_tokens", "dtype", "provider", "api", "weight_layout", "device")
-    varying = [name for name in split if len({getattr(r, name) for r in kept}) > 1]
+    split = (
+        "num_experts",
+        "total_tokens",
+        "dtype",
+        "group_size",
+        "scales",
+        "provider",
+        "api",
+        "weight_layout",
+        "device",
+    )
+    varying = [name for name in split if len({getattr(r, name) for r in kept} - {None}) > 1]
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in kept:
         groups.setdefault((r.distribution, r.n, r.k, *(getattr(r, name) for name in varying)), []).append(r)

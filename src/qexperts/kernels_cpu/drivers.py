@@ -6,7 +6,7 @@
     pack    all threads: activations into the order of the operands, and the sums of their groups
     gemm    all threads: each takes the next unit, an item times a block of columns, until none is left
 
-A hot expert is many items, so no thread waits for another longer than one unit takes. `a` is the address of a call's
+A hot expert is many items, so no thread waits for another longer than two units take. `a` is the address of a call's
 record (`Arg`); results do not depend on which thread computes what.
 """
 
@@ -109,14 +109,24 @@ def _gemm(e: Emitter, a: Any, kind: Kind) -> None:
     thread = e.fetch_add(a, Arg.JOINED, 1)
     scratch = _at(e, a, Arg.SCRATCH, thread)
     count = e.mul(e.field(a, Arg.ITEM_COUNT), units.blocks)
-    last_row = e.variable(I64, e.number(-1))
-    taken = e.variable(I64, e.fetch_add(a, Arg.NEXT, 1))
+    last_row, taken = e.variable(I64, e.number(-1)), e.variable(I64, e.fetch_add(a, Arg.NEXT, 1))
+    first = e.variable(I64, e.number(1))
     with e.forever() as leave_if:
         u = taken.get()
         leave_if(u, ">=", count)
-        next_u = e.fetch_add(a, Arg.NEXT, 1)
-        taken.set(next_u)
-        last_row.set(units.multiply(u, e.least(next_u, e.add(count, -1)), scratch, last_row.get()))
+        # What is fetched ahead is of the unit that comes next. It is taken before this one is multiplied if each thread
+        # has had one and more are left than one for each; else each other thread will have taken one, most likely.
+        free, joined = e.field(a, Arg.NEXT), e.field(a, Arg.JOINED)
+        guess = e.add(e.least(count, e.add(free, joined)), -1)
+        early = e.builder.and_(e.compare(e.sub(count, free), ">", joined), e.compare(first.get(), "==", 0))
+        taken.set(e.number(-1))
+        with e.builder.if_then(early):
+            taken.set(e.fetch_add(a, Arg.NEXT, 1))
+        next_u = e.builder.select(e.compare(taken.get(), "<", 0), guess, e.least(taken.get(), e.add(count, -1)))
+        last_row.set(units.multiply(u, next_u, scratch, last_row.get()))
+        first.set(e.number(0))
+        with e.when(taken.get(), "<", 0):
+            taken.set(e.fetch_add(a, Arg.NEXT, 1))
 
 
 class _Units:

@@ -368,8 +368,8 @@ class MicroKernels:
         as it lies."""
         k, b = self.k, e.builder
         if k.source == "panels":
-            ahead_of = 64 if k.isa.near else 128 // k.panels  # near: 4 KiB of each panel; else 8 KiB of all
-            words, later = e.field(a, Arg.WORDS), e.add(place, ahead_of)
+            distance = 64 if k.isa.near else 32 if k.panels > 1 else 96  # words of each panel
+            words, later = e.field(a, Arg.WORDS), e.add(place, distance)
             inside = b.icmp_signed("<", later, words)
             base = b.select(inside, w, b.sub(ahead, e.mul(words, 64)))
             for p in range(k.panels):
