@@ -57,11 +57,10 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return decorate
 
 
+_DTYPE = click.Choice(["bf16", "fp16", "fp32"])
 _EXPERTS = click.option("--experts", type=int, help="Number of experts; the distribution is resampled to it.")
 _GROUP_SIZE = click.option("--group-size", type=int, default=128, show_default=True, help="Consecutive k per scale.")
-_SCALE_DTYPE = click.option(
-    "--scale-dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of the scales.  [default: --dtype]"
-)
+_SCALE_DTYPE = click.option("--scale-dtype", type=_DTYPE, help="Of the scales.  [default: --dtype]")
 _WEIGHT_LAYOUT = click.option(
     "--weight-layout", default="prepared", show_default=True,
     help="Comma list of prepared and public, of the weights that fused kernels read.",
@@ -85,7 +84,7 @@ def _mode(text: str) -> Callable[..., Any]:
 
 _device = _options(
     click.option("--device", help="cpu, cuda, ...; default: the accelerator, if there is one."),
-    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
+    click.option("--dtype", type=_DTYPE, default="bf16", show_default=True,
                  help="Of the activations."),
 )  # fmt: skip
 _run = _options(

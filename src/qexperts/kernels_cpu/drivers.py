@@ -110,7 +110,6 @@ def _gemm(e: Emitter, a: Any, kind: Kind) -> None:
     scratch = _at(e, a, Arg.SCRATCH, thread)
     count = e.mul(e.field(a, Arg.ITEM_COUNT), units.blocks)
     last_row, taken = e.variable(I64, e.number(-1)), e.variable(I64, e.fetch_add(a, Arg.NEXT, 1))
-    first = e.variable(I64, e.number(1))
     with e.forever() as leave_if:
         u = taken.get()
         leave_if(u, ">=", count)
@@ -118,13 +117,12 @@ def _gemm(e: Emitter, a: Any, kind: Kind) -> None:
         # has had one and more are left than one for each; else each other thread will have taken one, most likely.
         free, joined = e.field(a, Arg.NEXT), e.field(a, Arg.JOINED)
         guess = e.add(e.least(count, e.add(free, joined)), -1)
-        early = e.builder.and_(e.compare(e.sub(count, free), ">", joined), e.compare(first.get(), "==", 0))
+        early = e.builder.and_(e.compare(e.sub(count, free), ">", joined), e.compare(last_row.get(), ">=", 0))
         taken.set(e.number(-1))
         with e.builder.if_then(early):
             taken.set(e.fetch_add(a, Arg.NEXT, 1))
         next_u = e.builder.select(e.compare(taken.get(), "<", 0), guess, e.least(taken.get(), e.add(count, -1)))
         last_row.set(units.multiply(u, next_u, scratch, last_row.get()))
-        first.set(e.number(0))
         with e.when(taken.get(), "<", 0):
             taken.set(e.fetch_add(a, Arg.NEXT, 1))
 
